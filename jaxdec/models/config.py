@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a decoder is, as data: hashable frozen dataclasses.
+
+A ``DecoderConfig`` holds one ``LayerConfig`` per layer, so hybrids and per-layer windows are data,
+not code. Building one from a Hugging Face ``config.json`` is ``jaxdec.models.families``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from jaxdec.mixers.attention import AttentionConfig
+from jaxdec.mixers.linear_attention import LinearAttentionConfig
+
+MixerConfig = AttentionConfig | LinearAttentionConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class MLPConfig:
+  """Gated MLP: ``down(act(gate(x)) * up(x))``, hidden width F."""
+
+  hidden_dim: int
+  activation: Literal["silu", "gelu_tanh"] = "silu"
+  use_bias: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class NormConfig:
+  """RMSNorm. ``unit_offset`` scales by ``1 + weight`` (Gemma), computed wholly in float32."""
+
+  eps: float = 1e-6
+  unit_offset: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerConfig:
+  """One block: norm, mixer, residual, norm, MLP, residual.
+
+  ``post_norms`` adds a norm on each branch's output before its residual (Gemma 2 and 3).
+  """
+
+  mixer: MixerConfig
+  mlp: MLPConfig
+  post_norms: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+  """A decoder-only language model.
+
+  Attributes:
+    vocab_size: V. dim: D.
+    layers: one entry per layer.
+    norm: the RMSNorm variant, the same everywhere (QK-norms included).
+    tie_embeddings: the LM head is the embedding table.
+    embed_scale: embeddings are multiplied by this (Gemma: sqrt(D)); None: no scaling.
+    logit_cap: soft-cap ``cap * tanh(logits / cap)`` on the final logits; None: none.
+    max_length: longest sequence the positions support; longer prompts are refused.
+    eos_ids: token ids that end a sequence. bos_id: token put before every prompt, or None.
+    family: Hugging Face ``model_type`` the checkpoint is written as.
+  """
+
+  vocab_size: int
+  dim: int
+  layers: tuple[LayerConfig, ...]
+  norm: NormConfig = NormConfig()
+  tie_embeddings: bool = False
+  embed_scale: float | None = None
+  logit_cap: float | None = None
+  max_length: int = 2048
+  eos_ids: tuple[int, ...] = ()
+  bos_id: int | None = None
+  family: str = "llama"
+
+  @property
+  def num_layers(self) -> int:
+    return len(self.layers)
+
+
+def tiny_llama(*, vocab_size: int = 4096, dim: int = 256, num_layers: int = 6, num_heads: int = 4,
+               num_kv_heads: int = 2, head_dim: int = 64, hidden_dim: int = 768,
+               max_length: int = 2048, tie_embeddings: bool = True, **kwargs) -> DecoderConfig:
+  """A Llama-type decoder; the defaults are the embedded model's shape (5.8M parameters)."""
+  layer = LayerConfig(
+    AttentionConfig(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim),
+    MLPConfig(hidden_dim),
+  )
+  return DecoderConfig(vocab_size=vocab_size, dim=dim, layers=(layer,) * num_layers,
+                       max_length=max_length, tie_embeddings=tie_embeddings, **kwargs)
