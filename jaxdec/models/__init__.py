@@ -1,1 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
+"""What a decoder is: configurations, the Flax module, Hugging Face families."""
+
+from jaxdec.mixers.norms import NormConfig
+from jaxdec.models.config import DecoderConfig, LayerConfig, MLPConfig, tiny_llama
+from jaxdec.models.decoder import (
+  Decoder,
+  DecoderOutput,
+  DecoderState,
+  stack_layers,
+  unstack_layers,
+)
+
+__all__ = [
+  "Decoder",
+  "DecoderConfig",
+  "DecoderOutput",
+  "DecoderState",
+  "LayerConfig",
+  "MLPConfig",
+  "NormConfig",
+  "stack_layers",
+  "tiny_llama",
+  "unstack_layers",
+]

@@ -12,6 +12,7 @@ from typing import Literal
 
 from jaxdec.mixers.attention import AttentionConfig
 from jaxdec.mixers.linear_attention import LinearAttentionConfig
+from jaxdec.mixers.norms import NormConfig
 
 MixerConfig = AttentionConfig | LinearAttentionConfig
 
@@ -23,14 +24,6 @@ class MLPConfig:
   hidden_dim: int
   activation: Literal["silu", "gelu_tanh"] = "silu"
   use_bias: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class NormConfig:
-  """RMSNorm. ``unit_offset`` scales by ``1 + weight`` (Gemma), computed wholly in float32."""
-
-  eps: float = 1e-6
-  unit_offset: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

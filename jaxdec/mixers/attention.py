@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Causal softmax attention with grouped key/value heads (GQA, arXiv 2305.13245) as a mixer.
+
+The cache holds one slot per position. ``verify`` attends over (cache, nodes) without copying the
+cache: the two blocks of logits share one softmax. ``commit`` writes the accepted nodes' keys, which
+were rotated to ``length + depth``: exactly the slots they move to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxdec.mixers.base import Topology, gather_nodes, write_rows
+from jaxdec.mixers.norms import Dense, NormConfig, RMSNorm
+from jaxdec.mixers.rope import RopeConfig, apply_rope
+
+MASKED = -1e30  # finite, so that a fully masked row gives a uniform, not a NaN, softmax
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+  """Attention of one layer.
+
+  Attributes:
+    num_heads: N. num_kv_heads: K, a divisor of N. head_dim: H.
+    rope: rotary embedding, or None for none.
+    window: a query at position i sees keys at i - window < j <= i; None: all j <= i.
+    qk_norm: RMSNorm on every query and key head, before RoPE.
+    logit_cap: soft-cap ``cap * tanh(logits / cap)``; None: none.
+    scale: factor on q·k; None: H**-0.5.
+  """
+
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  rope: RopeConfig | None = RopeConfig()
+  window: int | None = None
+  qk_norm: bool = False
+  qkv_bias: bool = False
+  out_bias: bool = False
+  logit_cap: float | None = None
+  scale: float | None = None
+
+  def __post_init__(self):
+    if self.num_heads % self.num_kv_heads:
+      raise ValueError(f"num_heads must be a multiple of num_kv_heads, got N={self.num_heads}, "
+                       f"K={self.num_kv_heads}")
+
+
+@struct.dataclass
+class KVState:
+  """Keys and values by absolute position; slots at and beyond ``length`` hold no meaning."""
+
+  k: Float[Array, "B S K H"]
+  v: Float[Array, "B S K H"]
+  length: Int[Array, "B"]
+
+
+@struct.dataclass
+class KVPending:
+  """Keys and values of tree nodes."""
+
+  k: Float[Array, "B M K H"]
+  v: Float[Array, "B M K H"]
+
+
+def attention_logits(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"],
+                     mask: Bool[Array, "#B T S"], config: AttentionConfig) -> Float[Array, "B K G T S"]:
+  """Scaled, capped and masked ``q·k`` in float32."""
+  b, t, n, h = q.shape
+  groups = n // k.shape[2]
+  scale = config.scale if config.scale is not None else h**-0.5
+  q = q.reshape(b, t, k.shape[2], groups, h)
+  logits = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
+  if config.logit_cap is not None:
+    logits = config.logit_cap * jnp.tanh(logits / config.logit_cap)
+  return jnp.where(mask[:, None, None], logits, MASKED)
+
+
+def attention_values(probs: Float[Array, "B K G T S"], v: Float[Array, "B S K H"]
+                     ) -> Float[Array, "B T N H"]:
+  """``probs @ v``, heads flattened back to N."""
+  out = jnp.einsum("bkgts,bskh->btkgh", probs.astype(v.dtype), v,
+                   preferred_element_type=jnp.float32)
+  b, t, kv, groups, h = out.shape
+  return out.reshape(b, t, kv * groups, h)
+
+
+def attend(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"],
+           mask: Bool[Array, "#B T S"], config: AttentionConfig) -> Float[Array, "B T N H"]:
+  """``softmax(mask(q·k)) v``."""
+  probs = jax.nn.softmax(attention_logits(q, k, mask, config), axis=-1)
+  return attention_values(probs, v)
+
+
+def visible(query_position: Int[Array, "B T"], key_position: Int[Array, "#B S"], window: int | None
+            ) -> Bool[Array, "B T S"]:
+  """Causal (and windowed) visibility by absolute positions."""
+  difference = query_position[:, :, None] - key_position[:, None, :]
+  seen = difference >= 0
+  return seen if window is None else seen & (difference < window)
+
+
+class Attention(nn.Module):
+  """The mixer: projections around ``attend``; see ``jaxdec.mixers.base`` for the four calls."""
+
+  config: AttentionConfig
+  dim: int
+  norm: NormConfig = NormConfig()
+  dtype: jnp.dtype = jnp.float32
+  param_dtype: jnp.dtype = jnp.float32
+
+  def setup(self):
+    c = self.config
+
+    def dense(features, axes, bias):
+      return Dense(features, axes, bias, self.dtype, self.param_dtype)
+
+    self.q = dense(c.num_heads * c.head_dim, ("embed", "heads"), c.qkv_bias)
+    self.k = dense(c.num_kv_heads * c.head_dim, ("embed", "kv_heads"), c.qkv_bias)
+    self.v = dense(c.num_kv_heads * c.head_dim, ("embed", "kv_heads"), c.qkv_bias)
+    self.o = dense(self.dim, ("heads", "embed"), c.out_bias)
+    if c.qk_norm:
+      self.q_norm = RMSNorm(self.norm, self.param_dtype)
+      self.k_norm = RMSNorm(self.norm, self.param_dtype)
+
+  def _project(self, x, positions):
+    c = self.config
+    q = self.q(x).reshape(*x.shape[:2], c.num_heads, c.head_dim)
+    k = self.k(x).reshape(*x.shape[:2], c.num_kv_heads, c.head_dim)
+    v = self.v(x).reshape(*x.shape[:2], c.num_kv_heads, c.head_dim)
+    if c.qk_norm:
+      q, k = self.q_norm(q), self.k_norm(k)
+    if c.rope is not None:
+      q, k = apply_rope(q, positions, c.rope), apply_rope(k, positions, c.rope)
+    return q, k, v
+
+  def _output(self, out, x):
+    return self.o(out.astype(self.dtype).reshape(*x.shape[:2], -1))
+
+  def __call__(self, x, positions, segment_ids=None):
+    q, k, v = self._project(x, positions)
+    # Order by index, not by position: packed documents restart their positions at 0. Inside a
+    # segment positions are consecutive, so index differences are position differences.
+    index = jnp.arange(x.shape[1])[None]
+    mask = visible(index, index, self.config.window)
+    if segment_ids is not None:
+      mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    return self._output(attend(q, k, v, mask, self.config), x)
+
+  def init_state(self, batch, capacity, dtype=None):
+    c = self.config
+    shape = (batch, capacity, c.num_kv_heads, c.head_dim)
+    dtype = dtype or self.dtype
+    return KVState(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+
+  def extend(self, x, state, positions):
+    q, k, v = self._project(x, positions)
+    k_all = write_rows(state.k, k, state.length)
+    v_all = write_rows(state.v, v, state.length)
+    slots = jnp.arange(k_all.shape[1])[None]
+    out = attend(q, k_all, v_all, visible(positions, slots, self.config.window), self.config)
+    added = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
+    return self._output(out, x), KVState(k_all, v_all, state.length + added)
+
+  def verify(self, x, state, topology: Topology):
+    positions = state.length[:, None] + topology.depth
+    q, k, v = self._project(x, positions)
+    slots = jnp.arange(state.k.shape[1])[None]
+    cached = visible(positions, slots, self.config.window) & (slots < state.length[:, None])[:, None]
+    nodes = topology.ancestors & visible(positions, positions, self.config.window)
+    logits = jnp.concatenate([attention_logits(q, state.k, cached, self.config),
+                              attention_logits(q, k.astype(state.k.dtype), nodes, self.config)], -1)
+    probs = jax.nn.softmax(logits, axis=-1)
+    capacity = state.k.shape[1]
+    out = attention_values(probs[..., :capacity], state.v)
+    out = out + attention_values(probs[..., capacity:], v.astype(state.v.dtype))
+    return self._output(out, x), KVPending(k, v)
+
+  def commit(self, state, pending, path, count):
+    return KVState(write_rows(state.k, gather_nodes(pending.k, path), state.length),
+                   write_rows(state.v, gather_nodes(pending.v, path), state.length),
+                   state.length + count.astype(jnp.int32))
