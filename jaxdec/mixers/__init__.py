@@ -1,17 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """How tokens see each other: sequence mixers behind one contract (``jaxdec.mixers.base``)."""
 
+from __future__ import annotations
+
+from typing import Any
+
 from jaxdec.mixers.attention import Attention, AttentionConfig
 from jaxdec.mixers.base import Mixer, Topology, ancestors_from_parents
-from jaxdec.mixers import linear_attention as _linear
-from jaxdec.mixers.linear_attention import LinearAttentionConfig
+from jaxdec.mixers.linear_attention import LinearAttention, LinearAttentionConfig
+from jaxdec.mixers.linear_recurrence import (
+  chunked_linear_attention,
+  recurrent_linear_attention,
+  tree_linear_attention,
+)
 from jaxdec.mixers.norms import NormConfig
 from jaxdec.mixers.rope import RopeConfig
 
-_MODULES = {AttentionConfig: Attention, LinearAttentionConfig: getattr(_linear, 'LinearAttention', None)}
+_DEFAULT_NORM = NormConfig()
+_MODULES = {AttentionConfig: Attention, LinearAttentionConfig: LinearAttention}
 
 
-def build_mixer(config, dim, norm=NormConfig(), dtype=None, param_dtype=None, **kwargs) -> Mixer:
+def build_mixer(config: AttentionConfig | LinearAttentionConfig, dim: int,
+                norm: NormConfig = _DEFAULT_NORM, dtype: Any = None, param_dtype: Any = None,
+                **kwargs) -> Mixer:
   """The module of a mixer configuration; ``dim`` is the model width D."""
   dtypes = {k: v for k, v in {"dtype": dtype, "param_dtype": param_dtype}.items() if v is not None}
   return _MODULES[type(config)](config, dim, norm, **dtypes, **kwargs)
@@ -20,6 +31,7 @@ def build_mixer(config, dim, norm=NormConfig(), dtype=None, param_dtype=None, **
 __all__ = [
   "Attention",
   "AttentionConfig",
+  "LinearAttention",
   "LinearAttentionConfig",
   "Mixer",
   "NormConfig",
@@ -27,4 +39,7 @@ __all__ = [
   "Topology",
   "ancestors_from_parents",
   "build_mixer",
+  "chunked_linear_attention",
+  "recurrent_linear_attention",
+  "tree_linear_attention",
 ]

@@ -1,22 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear attention with scalar decay as a sequence mixer (linear attention, RetNet, Lightning, SSD-like).
+"""Linear attention with scalar decay as a mixer: linear attention, RetNet, Lightning, SSD-like.
 
-The mixer's arithmetic is in ``jaxdec.mixers.linear_recurrence``; this module adds parameters.
+The arithmetic is in ``jaxdec.mixers.linear_recurrence``; this module holds the parameters. The
+state of a row is one matrix a kv head, whatever the number of tokens read.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int
+
 from jaxdec.errors import UserError, nearest
-from jaxdec.mixers.rope import RopeConfig
+from jaxdec.mixers.base import Topology, gather_nodes
+from jaxdec.mixers.linear_recurrence import (
+  chunked_linear_attention,
+  tree_linear_attention,
+  update_state,
+)
+from jaxdec.mixers.norms import Dense, NormConfig, RMSNorm
+from jaxdec.mixers.rope import RopeConfig, apply_rope
 
 _CHOICES = {
   "decay": ("none", "fixed", "data"),
-  "slopes": ("retention", "lightning"),
   "feature_map": ("identity", "silu", "elu"),
 }
+_LADDERS = ("retention", "lightning")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,19 +40,20 @@ class LinearAttentionConfig:
   """Linear attention, ``S_t = exp(g_t) S_{t-1} + k_t^T v_t``, ``o_t = q_t S_t`` per head.
 
   Attributes:
-    num_heads: N. head_dim: H, the key width. num_kv_heads: K, keys and values shared by N / K query
-      heads (None: N); the state is per kv head.
-    value_dim: value width per head (None: head_dim).
-    decay: ``none`` (g = 0); ``fixed`` (one constant per kv head, see ``slopes``); ``data``
-      (``g = -exp(A_log) * softplus(a(x) + dt_bias)``, one scalar per kv head and token, as in Mamba-2).
-    slopes: the ``fixed`` ladder: ``retention`` ``log(1 - 2^(-5-h))`` or ``lightning``, minus the ALiBi
-      slopes ``2^(-8(h+1)/K)``.
+    num_heads: N. head_dim: H, the key width. value_dim: value width per head (None: H).
+    num_kv_heads: K, keys, values and decays shared by N / K query heads (None: N); the state is per
+      kv head.
+    decay: ``none`` (g = 0); ``fixed`` (a constant per kv head, see ``slopes``); ``data``: a scalar
+      per kv head and token, ``g = -exp(A_log) * softplus(a(x) + dt_bias)`` (Mamba-2, 2405.21060).
+    slopes: what ``fixed`` uses: ``retention``, ``g_h = log(1 - 2^(-5-h))`` (2307.08621);
+      ``lightning``, ``g_h = -2^(-8(h+1)/K)``, completed as in ALiBi where K is no power of two
+      (2401.04658); or K numbers ``s_h >= 0`` for ``g_h = -s_h``.
     feature_map: applied to q and k: ``identity``, ``silu`` or ``elu`` (``elu(x) + 1``, positive).
-    normalize: divide by ``q_t z_t``, ``z_t`` the decayed sum of keys (needs ``feature_map="elu"``).
+    normalize: divide by ``q_t z_t``, ``z_t`` the decayed sum of keys (2006.16236).
     output_norm: RMSNorm per head on the output. output_gate: times ``silu(gate(x))``.
     rope: rotary embedding of q and k, after the feature map; None: none.
-    scale: factor on q (None: ``head_dim ** -0.5``).
-    chunk_size: tokens per chunk of the parallel form; changes speed, not results.
+    scale: factor on q (None: ``H ** -0.5``).
+    chunk_size: tokens per chunk of the parallel form; changes speed and rounding only.
   """
 
   num_heads: int
@@ -44,7 +61,7 @@ class LinearAttentionConfig:
   num_kv_heads: int | None = None
   value_dim: int | None = None
   decay: Literal["none", "fixed", "data"] = "data"
-  slopes: Literal["retention", "lightning"] = "retention"
+  slopes: Literal["retention", "lightning"] | tuple[float, ...] = "retention"
   feature_map: Literal["identity", "silu", "elu"] = "silu"
   normalize: bool = False
   output_norm: bool = True
@@ -54,21 +71,29 @@ class LinearAttentionConfig:
   chunk_size: int = 64
 
   def __post_init__(self):
+    def fail(message):
+      raise UserError(f"LinearAttentionConfig: {message}.")
+
     for field, known in _CHOICES.items():
       value = getattr(self, field)
       if value not in known:
-        raise UserError(f"LinearAttentionConfig: {field}={value!r}{nearest(str(value), known)}; "
-                        f"choose one of {', '.join(known)}.")
+        fail(f"{field}={value!r}{nearest(str(value), known)} is not one of {', '.join(known)}")
     for field in ("num_heads", "head_dim", "kv_heads", "value_width", "chunk_size"):
       if getattr(self, field) < 1:
-        raise UserError(f"LinearAttentionConfig: {field} must be at least 1, got "
-                        f"{getattr(self, field)}.")
+        fail(f"{field.replace('kv_heads', 'num_kv_heads')} must be at least 1, "
+             f"got {getattr(self, field)}")
     if self.num_heads % self.kv_heads:
-      raise UserError(f"LinearAttentionConfig: num_heads={self.num_heads} is not a multiple of "
-                      f"num_kv_heads={self.kv_heads}; make it one.")
+      fail(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.kv_heads}; "
+           "choose a divisor")
+    if isinstance(self.slopes, str):
+      if self.slopes not in _LADDERS:
+        fail(f"slopes={self.slopes!r}{nearest(self.slopes, _LADDERS)} is neither one of "
+             f"{', '.join(_LADDERS)} nor a tuple of numbers")
+    elif len(self.slopes) != self.kv_heads or min(self.slopes) < 0:
+      fail(f"slopes must be {self.kv_heads} numbers >= 0, one a kv head, got {self.slopes}")
     if self.normalize and (self.feature_map != "elu" or self.rope is not None):
-      raise UserError("LinearAttentionConfig: normalize=True divides by q.z, which is only safe for "
-                      "positive features; use feature_map='elu' and rope=None, or normalize=False.")
+      fail("normalize=True divides by q.z, which is safe for positive features only; use "
+           "feature_map='elu' and rope=None, or normalize=False")
 
   @property
   def kv_heads(self) -> int:
@@ -77,3 +102,150 @@ class LinearAttentionConfig:
   @property
   def value_width(self) -> int:
     return self.head_dim if self.value_dim is None else self.value_dim
+
+
+@struct.dataclass
+class LinearState:
+  """Decayed sum of key-value outer products; with ``normalize`` a last column sums the keys."""
+
+  kv: Float[Array, "B K H V"]
+  length: Int[Array, "B"]
+
+
+@struct.dataclass
+class LinearPending:
+  """Keys, values and log-decays (None: no decay) of tree nodes."""
+
+  k: Float[Array, "B M K H"]
+  v: Float[Array, "B M K V"]
+  log_decay: Float[Array, "B M K"] | None
+
+
+def fixed_log_decay(config: LinearAttentionConfig) -> np.ndarray:
+  """The constants ``g [K]`` of ``decay="fixed"``."""
+  heads = config.kv_heads
+  if config.slopes == "retention":
+    return np.log1p(-(2.0 ** (-5.0 - np.arange(heads)))).astype(np.float32)
+  if config.slopes == "lightning":
+    return -np.asarray(_alibi_slopes(heads), np.float32)
+  return -np.asarray(config.slopes, np.float32)
+
+
+def _alibi_slopes(heads: int) -> list[float]:
+  """``2^(-8(h+1)/n)``; between powers of two, every second slope of the next one fills up."""
+  lower = 2 ** int(math.log2(heads))
+  slopes = [2.0 ** (-8.0 * (h + 1) / lower) for h in range(lower)]
+  if lower < heads:
+    slopes += _alibi_slopes(2 * lower)[::2][: heads - lower]
+  return slopes
+
+
+def _init_a_log(key, shape, dtype):
+  return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, 16.0))
+
+
+def _init_dt_bias(key, shape, dtype):
+  """Inverse softplus of a step drawn log-uniformly from [1e-3, 1e-1]."""
+  step = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(1e-3), math.log(1e-1)))
+  return step + jnp.log(-jnp.expm1(-step))
+
+
+class LinearAttention(nn.Module):
+  """The mixer: projections around the recurrence; see ``jaxdec.mixers.base`` for the four calls."""
+
+  config: LinearAttentionConfig
+  dim: int
+  norm: NormConfig = NormConfig()
+  dtype: jnp.dtype = jnp.float32
+  param_dtype: jnp.dtype = jnp.float32
+
+  def setup(self):
+    c = self.config
+
+    def dense(features, axes):
+      return Dense(features, axes, False, self.dtype, self.param_dtype)
+
+    self.q = dense(c.num_heads * c.head_dim, ("embed", "heads"))
+    self.k = dense(c.kv_heads * c.head_dim, ("embed", "kv_heads"))
+    self.v = dense(c.kv_heads * c.value_width, ("embed", "kv_heads"))
+    self.o = dense(self.dim, ("heads", "embed"))
+    if c.output_gate:
+      self.gate = dense(c.num_heads * c.value_width, ("embed", "heads"))
+    if c.output_norm:
+      self.o_norm = RMSNorm(self.norm, self.param_dtype)
+    if c.decay == "data":
+      # One scalar a head: kept whole and in float32, as rounding it would change the memory's span.
+      self.a = Dense(c.kv_heads, ("embed", None), False, jnp.float32, self.param_dtype)
+      for name, init in (("A_log", _init_a_log), ("dt_bias", _init_dt_bias)):
+        init = nn.with_logical_partitioning(init, (None,))
+        setattr(self, name, self.param(name, init, (c.kv_heads,), jnp.float32))
+
+  def _project(self, x, positions):
+    """``q, k, v, g``; with ``normalize`` v gets a column of ones, so that S also sums the keys."""
+    c, (b, t, _) = self.config, x.shape
+    q = self._features(self.q(x).reshape(b, t, c.num_heads, c.head_dim))
+    k = self._features(self.k(x).reshape(b, t, c.kv_heads, c.head_dim))
+    v = self.v(x).reshape(b, t, c.kv_heads, c.value_width)
+    if c.rope is not None:
+      q, k = apply_rope(q, positions, c.rope), apply_rope(k, positions, c.rope)
+    if c.normalize:
+      v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
+    return q, k, v, self._log_decay(x)
+
+  def _features(self, x):
+    if self.config.feature_map == "silu":
+      return jax.nn.silu(x)
+    return jax.nn.elu(x) + 1 if self.config.feature_map == "elu" else x
+
+  def _log_decay(self, x):
+    c = self.config
+    if c.decay == "none":
+      return None
+    shape = (*x.shape[:2], c.kv_heads)
+    if c.decay == "fixed":
+      return jnp.broadcast_to(jnp.asarray(fixed_log_decay(c))[None, None], shape)
+    step = jax.nn.softplus(self.a(x.astype(jnp.float32)) + self.dt_bias[None, None])
+    return -jnp.exp(self.A_log)[None, None] * step
+
+  def _output(self, out, x):
+    c = self.config
+    if c.normalize:
+      out = out[..., :-1] / (out[..., -1:] + 1e-6)
+    if c.output_norm:
+      out = self.o_norm(out)
+    out = out.astype(self.dtype).reshape(*x.shape[:2], -1)
+    if c.output_gate:
+      out = out * jax.nn.silu(self.gate(x))
+    return self.o(out)
+
+  def __call__(self, x, positions, segment_ids=None):
+    q, k, v, g = self._project(x, positions)
+    out, _ = chunked_linear_attention(q, k, v, log_decay=g, segment_ids=segment_ids,
+                                      scale=self.config.scale, chunk_size=self.config.chunk_size)
+    return self._output(out, x)
+
+  def init_state(self, batch, capacity, dtype=None):
+    """The state is float32 whatever ``dtype``: it is a sum over the whole past."""
+    del capacity, dtype
+    c = self.config
+    shape = (batch, c.kv_heads, c.head_dim, c.value_width + c.normalize)
+    return LinearState(jnp.zeros(shape, jnp.float32), jnp.zeros(batch, jnp.int32))
+
+  def extend(self, x, state, positions):
+    q, k, v, g = self._project(x, positions)
+    valid = positions >= 0
+    out, kv = chunked_linear_attention(q, k, v, log_decay=g, initial_state=state.kv, valid=valid,
+                                       scale=self.config.scale, chunk_size=self.config.chunk_size)
+    return self._output(out, x), LinearState(kv, state.length + valid.sum(1, dtype=jnp.int32))
+
+  def verify(self, x, state, topology: Topology):
+    q, k, v, g = self._project(x, state.length[:, None] + topology.depth)
+    out = tree_linear_attention(q, k, v, g, state.kv, topology, scale=self.config.scale)
+    return self._output(out, x), LinearPending(k, v, g)
+
+  def commit(self, state, pending, path, count):
+    """Replays the accepted path, at most P steps, as one masked sum."""
+    kept = jax.tree.map(lambda x: gather_nodes(x, path), pending)
+    valid = jnp.arange(path.shape[1])[None] < count[:, None]
+    kv = update_state(state.kv, kept.k, kept.v, log_decay=kept.log_decay, valid=valid)
+    return LinearState(kv, state.length + count.astype(jnp.int32))
