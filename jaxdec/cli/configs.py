@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One frozen dataclass a command: its options, their defaults and their help.
+
+Standard library and tyro's markers only: a wrong option is answered before JAX is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Literal
+
+import tyro
+
+Texts = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """The sampling law, shared by every command that decodes."""
+
+  temperature: float = 0.0
+  """0 is greedy."""
+  top_k: int | None = None
+  """Keep the k likeliest tokens."""
+  top_p: float | None = None
+  """Keep the smallest set of tokens of at least this probability."""
+  min_p: float | None = None
+  """Drop tokens less likely than this fraction of the likeliest."""
+  seed: int = 0
+  """Row i draws from fold_in(seed, i)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+  """The whole story on this machine: distill draft heads for a small model, then decode with them."""
+
+  output: str = "demo_results"
+  """Results go into the next numbered folder below this one."""
+  minutes: float = 7.0
+  """Time for everything; training gets what decoding leaves of it."""
+  prompts: int = 8
+  """Prompts cut from test-split files."""
+  max_new_tokens: int = 128
+  """Tokens per prompt."""
+  seed: int = 0
+  """Seed of training and sampling."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate(Sampling):
+  """Continue prompts with a model and, if you like, a drafter; the text is the same with any drafter."""
+
+  model: str = "tiny"
+  """Folder in Hugging Face layout, or 'tiny' for the model that comes with the package."""
+  prompt: Texts = ()
+  """Text to continue; repeat the option for more prompts."""
+  prompts: str | None = None
+  """JSONL file with one {"prompt": ...} a line, instead of --prompt."""
+  drafter: str | None = None
+  """Drafter name, or the folder of a distilled run; nothing for plain decoding."""
+  max_new_tokens: int = 128
+  """Upper limit on new tokens per prompt."""
+  stop: Texts = ()
+  """String that ends the text, besides the model's own end tokens; may be repeated."""
+  dtype: Dtype = "float32"
+  """Weights and activations; 'auto' keeps what the files hold."""
+  stream: bool = False
+  """Print tokens while they are decoded."""
+  stats: bool = True
+  """Print what the decoding cost, on standard error."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Distill:
+  """Train a drafter for a model, which stays as it is."""
+
+  model: str = "tiny"
+  """Folder in Hugging Face layout, or 'tiny'."""
+  drafter: str = "hydra"
+  """medusa, hydra, hydra++ or eagle3."""
+  data: str = "python_stdlib"
+  """python_stdlib, or a folder (or file) of .txt, .py, .md or .jsonl."""
+  work_dir: str | None = None
+  """Folder of the run; runs/<drafter>-<number> if not given. A folder with the same run is resumed."""
+  steps: int = 1000
+  """Optimizer steps."""
+  batch_size: int = 8
+  """Sequences per step."""
+  seq_len: int = 256
+  """Tokens per sequence."""
+  learning_rate: float = 1e-3
+  """Peak learning rate."""
+  dtype: Dtype = "float32"
+  """Activations of target and drafter."""
+  mesh: str = "data=1"
+  """Devices per axis, such as data=2,fsdp=2,tensor=2."""
+  checkpoint_every: int = 500
+  """Steps between checkpoints."""
+  log_every: int = 20
+  """Steps between lines of the metrics file."""
+  tensorboard: bool = False
+  """Also write TensorBoard events."""
+  seed: int = 0
+  """Seed of initial parameters and data order."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+  """Decode the same prompts with several drafters, side by side, against our own autoregressive loop."""
+
+  model: str = "tiny"
+  """Folder in Hugging Face layout, or 'tiny'."""
+  drafters: str = "prompt_lookup,token_recycling"
+  """Names or folders, separated by commas; autoregressive decoding is always the first arm."""
+  prompts: str | None = None
+  """JSONL file with one {"prompt": ...} a line; test-split files of python_stdlib if not given."""
+  num_prompts: int = 8
+  """Prompts to use."""
+  max_new_tokens: int = 128
+  """Tokens per prompt."""
+  temperatures: tuple[float, ...] = (0.0, 1.0)
+  """One block of the table for each."""
+  repeats: int = 3
+  """Timed passes per arm, alternating; medians are reported."""
+  batch_size: int = 1
+  """Prompts decoded together."""
+  dtype: Dtype = "float32"
+  """Weights and activations."""
+  output: str = "bench_results"
+  """Results go into the next numbered folder below this one."""
+  seed: int = 0
+  """Seed of sampling."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verify(Sampling):
+  """The losslessness certificate of a target, a drafter and a sampler."""
+
+  model: str = "tiny"
+  """Folder in Hugging Face layout, or 'tiny'."""
+  drafter: str = "prompt_lookup"
+  """Drafter name, or the folder of a distilled run."""
+  temperature: float = 1.0
+  """Temperature of the sampled checks; greedy decoding is always checked too."""
+  prompts: str | None = None
+  """JSONL file with one {"prompt": ...} a line; test-split files of python_stdlib if not given."""
+  num_prompts: int = 8
+  """Prompts for the equality checks."""
+  max_new_tokens: int = 64
+  """Tokens per prompt in the equality checks."""
+  draws: int = 4096
+  """Independent generations for the distribution test."""
+  dtype: Dtype = "float32"
+  """bfloat16 adds the gap report; equality is demanded in float32."""
+  output: str = "verify_results"
+  """The certificate goes into the next numbered folder below this one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Doctor:
+  """Versions, devices, usable kernels, memory, and a compilation; works on any machine."""
+
+  json: bool = False
+  """Print the findings as JSON."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+  """Plot the metrics of one or more runs into one picture."""
+
+  runs: tyro.conf.Positional[tuple[str, ...]] = ()
+  """Run folders."""
+  output: str = "runs.png"
+  """Picture to write; an existing file is kept and a number is added to the name."""
+
+
+COMMANDS: dict[str, type] = {
+  "demo": Demo,
+  "generate": Generate,
+  "distill": Distill,
+  "bench": Bench,
+  "verify": Verify,
+  "plot": Plot,
+  "doctor": Doctor,
+}
