@@ -1,1 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
+"""One trainer and its tasks. Names load on first use: optimizers and models take a moment."""
+
+from __future__ import annotations
+
+import importlib
+
+_LAZY = {
+  "LanguageModel": "jaxdec.training.tasks.language_model",
+  "MeshConfig": "jaxdec.training.trainer",
+  "OptimizerConfig": "jaxdec.training.optimizers",
+  "Task": "jaxdec.training.task",
+  "TrainResult": "jaxdec.training.trainer",
+  "Trainer": "jaxdec.training.trainer",
+  "TrainerConfig": "jaxdec.training.trainer",
+  "load_params": "jaxdec.training.checkpoints",
+  "make_optimizer": "jaxdec.training.optimizers",
+  "read_metrics": "jaxdec.training.metrics",
+}
+__all__ = [
+  "LanguageModel",
+  "MeshConfig",
+  "OptimizerConfig",
+  "Task",
+  "TrainResult",
+  "Trainer",
+  "TrainerConfig",
+  "load_params",
+  "make_optimizer",
+  "read_metrics",
+]
+
+
+def __getattr__(name: str):
+  if name in _LAZY:
+    return getattr(importlib.import_module(_LAZY[name]), name)
+  raise AttributeError(f"module 'jaxdec.training' has no attribute {name!r}")

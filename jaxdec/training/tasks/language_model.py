@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Next-token language modelling of a ``Decoder``."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxdec.models import Decoder
+from jaxdec.training.task import Task
+
+
+def next_token_targets(
+  batch: dict[str, Any],
+) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
+  """Labels and weights of the positions that predict them.
+
+  ``label[t] = tokens[t+1]``; its weight is ``loss_mask[t+1]``, and 0 where position t+1 is padding,
+  belongs to another segment than t, or does not exist. Absent ``segment_ids``: one segment. Absent
+  ``loss_mask``: every token counts.
+  """
+  tokens = batch["tokens"]
+
+  def shift(x):
+    return jnp.concatenate([x[:, 1:], jnp.zeros_like(x[:, :1])], axis=1)
+
+  mask = shift(batch.get("loss_mask", jnp.ones(tokens.shape, jnp.float32)).astype(jnp.float32))
+  segments = batch.get("segment_ids")
+  if segments is not None:
+    following = shift(segments)
+    mask = mask * ((following == segments) & (following != 0))
+  return shift(tokens), mask
+
+
+def token_losses(
+  logits: Float[Array, "B T V"], labels: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+  """Cross-entropy ``logsumexp(z) - z[label]`` per position, and the logsumexp; float32.
+
+  The label's logit is picked by comparison rather than by gather: the backward pass of a gather is
+  a scatter over ``[B, T, V]``, which does not fuse.
+  """
+  logits = logits.astype(jnp.float32)
+  normalizer = jax.nn.logsumexp(logits, axis=-1)
+  hit = labels[..., None] == jnp.arange(logits.shape[-1], dtype=labels.dtype)
+  return normalizer - jnp.sum(jnp.where(hit, logits, 0.0), axis=-1), normalizer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LanguageModel(Task):
+  """Cross-entropy on the next token, in float32, averaged over labelled tokens.
+
+  Attributes:
+    model: the decoder, in either layout.
+    z_loss: weight of ``logsumexp(logits)^2``, which keeps the logits from drifting (PaLM,
+      arXiv 2204.02311, section 5); 0 for none.
+    token_bytes: bytes each token id stands for, ``[V]``; given, evaluation reports bits per byte.
+  """
+
+  model: Decoder
+  z_loss: float = 0.0
+  token_bytes: np.ndarray | None = None
+
+  def init(self, rng):
+    return self.model.init(rng, jnp.zeros((1, 8), jnp.int32))["params"]
+
+  def loss(self, params, frozen, batch, rng):
+    del frozen, rng
+    out = self.model.apply(
+      {"params": params}, batch["tokens"], batch.get("positions"), batch.get("segment_ids")
+    )
+    labels, mask = next_token_targets(batch)
+    losses, normalizer = token_losses(out.logits, labels)
+    weight = jnp.sum(mask)
+    mean = 1.0 / jnp.maximum(weight, 1.0)
+    correct = (jnp.argmax(out.logits, axis=-1) == labels) * mask
+    cross_entropy = jnp.sum(losses * mask) * mean
+    metrics = {
+      "cross_entropy": cross_entropy,
+      "accuracy": jnp.sum(correct) * mean,
+      "weight": weight,
+    }
+    loss = cross_entropy
+    if self.z_loss:
+      penalty = jnp.sum(jnp.square(normalizer) * mask) * mean
+      metrics["z_loss"] = penalty
+      loss = loss + self.z_loss * penalty
+    return loss, metrics
+
+  def evaluate(self, params, frozen, batch, rng):
+    metrics = super().evaluate(params, frozen, batch, rng)
+    if self.token_bytes is not None:
+      labels, mask = next_token_targets(batch)
+      sizes = jnp.asarray(self.token_bytes, jnp.float32)[labels]
+      metrics["bytes_per_token"] = jnp.sum(sizes * mask) / jnp.maximum(metrics["weight"], 1.0)
+    return metrics
+
+  def summarize(self, metrics):
+    """Adds ``bits_per_byte = cross_entropy / (ln 2 * bytes per token)``."""
+    size = metrics.get("bytes_per_token")
+    if size:
+      bits = float(metrics["cross_entropy"]) / (math.log(2.0) * float(size))
+      metrics = {**metrics, "bits_per_byte": bits}
+    return metrics
+
+  def flops_per_token(self, params, length):
+    """6 per matrix parameter, plus 6 L T N H for attention.
+
+    A tied table counts once, as the head. Of the score matrix the causal half is counted (PaLM,
+    arXiv 2204.02311, appendix B, counts all of it: 12 L T N H).
+    """
+    total = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
+    config = self.model.config
+    if not config.tie_embeddings:
+      total -= config.vocab_size * config.dim  # a lookup multiplies nothing
+    mixers = [layer.mixer for layer in config.layers]
+    width = sum(m.num_heads * m.head_dim for m in mixers if hasattr(m, "rope"))
+    return 6.0 * total + 6.0 * width * length
+
+  @property
+  def config(self):
+    return {
+      "task": "language_model",
+      "model": self.model.config,
+      "layout": self.model.layout,
+      "remat": self.model.remat,
+      "dtype": jnp.dtype(self.model.dtype).name,
+      "param_dtype": jnp.dtype(self.model.param_dtype).name,
+      "z_loss": self.z_loss,
+    }
