@@ -14,7 +14,11 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs one command; returns the exit code (0 fine, 1 a failed check, 2 a mistake, 130 interrupted)."""
+  """Runs one command.
+
+  Returns:
+    The exit code: 0 fine, 1 a check failed, 2 a mistake in the arguments, 130 interrupted.
+  """
   from jaxdec.errors import UserError
 
   args = list(sys.argv[1:] if argv is None else argv)

@@ -47,6 +47,8 @@ def check(config: Any) -> None:
     path = fields.get(key)
     if path is not None and key + "s" not in fields and "runs" not in fields:
       _folder_to_write(f"--{key.replace('_', '-')}", path)
+  if fields.get("runs") == ():
+    raise UserError("no run folder; write `jaxdec plot runs/a runs/b`")
   for run in fields.get("runs", ()):
     if not Path(run).is_dir():
       raise UserError(f"run folder {run!r} does not exist")
@@ -151,8 +153,8 @@ def drafter_name(name: str) -> None:
     raise UserError(f"drafter folder {name!r} does not exist; give the folder of a distilled run")
   known = ("none", *UNTRAINED, *TRAINED)
   raise UserError(
-    f"unknown drafter {name!r}{nearest(name, known)}; give one of {', '.join(known)}, or the folder "
-    "of a distilled run or of a small model"
+    f"unknown drafter {name!r}{nearest(name, known)}; give one of {', '.join(known)}, or the "
+    "folder of a distilled run or of a small model"
   )
 
 

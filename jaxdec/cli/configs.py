@@ -33,7 +33,7 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-  """The whole story on this machine: distill draft heads for a small model, then decode with them."""
+  """The whole story on this machine: distill draft heads for a small model, decode with them."""
 
   output: str = "demo_results"
   """Results go into the next numbered folder below this one."""
@@ -49,7 +49,7 @@ class Demo:
 
 @dataclasses.dataclass(frozen=True)
 class Generate(Sampling):
-  """Continue prompts with a model and, if you like, a drafter; the text is the same with any drafter."""
+  """Continue prompts with a model and a drafter; the text is the same with any drafter."""
 
   model: str = "tiny"
   """Folder in Hugging Face layout, or 'tiny' for the model that comes with the package."""
@@ -82,7 +82,7 @@ class Distill:
   data: str = "python_stdlib"
   """python_stdlib, or a folder (or file) of .txt, .py, .md or .jsonl."""
   work_dir: str | None = None
-  """Folder of the run; runs/<drafter>-<number> if not given. A folder with the same run is resumed."""
+  """Folder of the run, by default a new one below runs/; one that holds this run is resumed."""
   steps: int = 1000
   """Optimizer steps."""
   batch_size: int = 8
@@ -107,7 +107,7 @@ class Distill:
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-  """Decode the same prompts with several drafters, side by side, against our own autoregressive loop."""
+  """Decode the same prompts with several drafters, side by side with plain decoding."""
 
   model: str = "tiny"
   """Folder in Hugging Face layout, or 'tiny'."""

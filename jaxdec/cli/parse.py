@@ -22,7 +22,7 @@ def parse(name: str, kind: type, args: Sequence[str]) -> Any:
   """An instance of ``kind`` from ``args``.
 
   A first argument that is no option names a Python file (``jaxdec distill config.py``) whose
-  ``get_config()`` returns the defaults: an instance of ``kind``, or a mapping of some of its fields.
+  ``get_config()`` returns the defaults: an instance of ``kind``, or some of its fields.
 
   Raises:
     UserError: unknown option, bad value, or a bad configuration file.
@@ -77,7 +77,8 @@ def from_file(kind: type, path: str) -> Any:
     return config
   if not isinstance(config, Mapping):
     raise UserError(
-      f"get_config() in {path} must return a {kind.__name__} or a mapping, got {type(config).__name__}"
+      f"get_config() in {path} must return a {kind.__name__} or a mapping, "
+      f"got {type(config).__name__}"
     )
   known = [f.name for f in dataclasses.fields(kind)]
   for key in config:

@@ -27,7 +27,7 @@ class Column:
   align: Literal["left", "right"] = "right"
 
   def text(self, row: Mapping[str, Any]) -> str:
-    """The cell of ``row``; an absent, None or NaN value is a dash, a sequence is joined by spaces."""
+    """The cell of ``row``: a dash for no value or NaN, spaces between the items of a sequence."""
     return _text(row.get(self.key), self.spec)
 
 
