@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxdec.mixers.base import Topology, gather_nodes, write_rows
+from jaxdec.mixers.base import Topology, write_rows
 from jaxdec.mixers.norms import Dense, NormConfig, RMSNorm
 from jaxdec.mixers.rope import RopeConfig, apply_rope
 
@@ -55,10 +55,14 @@ class AttentionConfig:
 
 @struct.dataclass
 class KVState:
-  """Keys and values by absolute position; slots at and beyond ``length`` hold no meaning."""
+  """Keys and values by absolute position; slots at and beyond ``length`` hold no meaning.
 
-  k: Float[Array, "B S K H"]
-  v: Float[Array, "B S K H"]
+  Heads come before slots: both products then read the cache as it lies. With slots first XLA:CPU
+  transposed the whole cache in every layer of every step.
+  """
+
+  k: Float[Array, "B K S H"]
+  v: Float[Array, "B K S H"]
   length: Int[Array, "B"]
 
 
@@ -66,37 +70,38 @@ class KVState:
 class KVPending:
   """Keys and values of tree nodes."""
 
-  k: Float[Array, "B M K H"]
-  v: Float[Array, "B M K H"]
+  k: Float[Array, "B K M H"]
+  v: Float[Array, "B K M H"]
 
 
-def attention_logits(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"],
-                     mask: Bool[Array, "#B T S"], config: AttentionConfig) -> Float[Array, "B K G T S"]:
-  """Scaled, capped and masked ``q·k`` in float32."""
+def attention_logits(q: Float[Array, "B T N H"], k: Float[Array, "B K S H"],
+                     mask: Bool[Array, "#B T S"], config: AttentionConfig) -> Float[Array, "B K R S"]:
+  """Scaled, capped and masked ``q·k`` in float32; the R = G*T rows are a group's queries, folded."""
   b, t, n, h = q.shape
-  groups = n // k.shape[2]
+  kv = k.shape[1]
   scale = config.scale if config.scale is not None else h**-0.5
-  q = q.reshape(b, t, k.shape[2], groups, h)
-  logits = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
+  q = q.reshape(b, t, kv, n // kv, h).transpose(0, 2, 3, 1, 4).reshape(b, kv, -1, h) * scale
+  logits = jnp.einsum("bkrh,bksh->bkrs", q.astype(k.dtype), k, preferred_element_type=jnp.float32)
   if config.logit_cap is not None:
     logits = config.logit_cap * jnp.tanh(logits / config.logit_cap)
-  return jnp.where(mask[:, None, None], logits, MASKED)
+  folded = logits.reshape(b, kv, n // kv, t, -1)
+  return jnp.where(mask[:, None, None], folded, MASKED).reshape(logits.shape)
 
 
-def attention_values(probs: Float[Array, "B K G T S"], v: Float[Array, "B S K H"]
+def attention_values(probs: Float[Array, "B K R S"], v: Float[Array, "B K S H"], length: int
                      ) -> Float[Array, "B T N H"]:
-  """``probs @ v``, heads flattened back to N."""
-  out = jnp.einsum("bkgts,bskh->btkgh", probs.astype(v.dtype), v,
-                   preferred_element_type=jnp.float32)
-  b, t, kv, groups, h = out.shape
-  return out.reshape(b, t, kv * groups, h)
+  """``probs @ v``, the R rows unfolded to T = ``length`` queries of N heads."""
+  out = jnp.einsum("bkrs,bksh->bkrh", probs.astype(v.dtype), v, preferred_element_type=jnp.float32)
+  b, kv, rows, h = out.shape
+  out = out.reshape(b, kv, rows // length, length, h).transpose(0, 3, 1, 2, 4)
+  return out.reshape(b, length, -1, h)
 
 
-def attend(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"],
+def attend(q: Float[Array, "B T N H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"],
            mask: Bool[Array, "#B T S"], config: AttentionConfig) -> Float[Array, "B T N H"]:
   """``softmax(mask(q·k)) v``."""
   probs = jax.nn.softmax(attention_logits(q, k, mask, config), axis=-1)
-  return attention_values(probs, v)
+  return attention_values(probs, v, q.shape[1])
 
 
 def visible(query_position: Int[Array, "B T"], key_position: Int[Array, "#B S"], window: int | None
@@ -105,6 +110,11 @@ def visible(query_position: Int[Array, "B T"], key_position: Int[Array, "#B S"],
   difference = query_position[:, :, None] - key_position[:, None, :]
   seen = difference >= 0
   return seen if window is None else seen & (difference < window)
+
+
+def heads_first(x: Float[Array, "B T K H"]) -> Float[Array, "B K T H"]:
+  """To the layout of the cache."""
+  return x.transpose(0, 2, 1, 3)
 
 
 def causal_attention(q: Float[Array, "B T N H"], k: Float[Array, "B T K H"],
@@ -118,6 +128,7 @@ def causal_attention(q: Float[Array, "B T N H"], k: Float[Array, "B T K H"],
   positions; inside a segment the differences are the same.
   """
   length, outs = q.shape[1], []
+  k, v = heads_first(k), heads_first(v)
   for start in range(0, length, block):
     stop = min(start + block, length)
     first = 0 if config.window is None else max(0, start - config.window + 1)
@@ -125,7 +136,7 @@ def causal_attention(q: Float[Array, "B T N H"], k: Float[Array, "B T K H"],
     mask = visible(index[:, start - first:], index, config.window)
     if segment_ids is not None:
       mask = mask & (segment_ids[:, start:stop, None] == segment_ids[:, None, first:stop])
-    outs.append(attend(q[:, start:stop], k[:, first:stop], v[:, first:stop], mask, config))
+    outs.append(attend(q[:, start:stop], k[:, :, first:stop], v[:, :, first:stop], mask, config))
   return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
 
 
@@ -172,15 +183,15 @@ class Attention(nn.Module):
 
   def init_state(self, batch, capacity, dtype=None):
     c = self.config
-    shape = (batch, capacity, c.num_kv_heads, c.head_dim)
+    shape = (batch, c.num_kv_heads, capacity, c.head_dim)
     dtype = dtype or self.dtype
     return KVState(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
 
   def extend(self, x, state, positions):
     q, k, v = self._project(x, positions)
-    k_all = write_rows(state.k, k, state.length)
-    v_all = write_rows(state.v, v, state.length)
-    slots = jnp.arange(k_all.shape[1])[None]
+    k_all = write_rows(state.k, heads_first(k), state.length, axis=2)
+    v_all = write_rows(state.v, heads_first(v), state.length, axis=2)
+    slots = jnp.arange(k_all.shape[2])[None]
     out = attend(q, k_all, v_all, visible(positions, slots, self.config.window), self.config)
     added = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
     return self._output(out, x), KVState(k_all, v_all, state.length + added)
@@ -188,18 +199,22 @@ class Attention(nn.Module):
   def verify(self, x, state, topology: Topology):
     positions = state.length[:, None] + topology.depth
     q, k, v = self._project(x, positions)
-    slots = jnp.arange(state.k.shape[1])[None]
+    capacity = state.k.shape[2]
+    slots = jnp.arange(capacity)[None]
     cached = visible(positions, slots, self.config.window) & (slots < state.length[:, None])[:, None]
     nodes = topology.ancestors & visible(positions, positions, self.config.window)
+    k, v = (heads_first(x).astype(state.k.dtype) for x in (k, v))
     logits = jnp.concatenate([attention_logits(q, state.k, cached, self.config),
-                              attention_logits(q, k.astype(state.k.dtype), nodes, self.config)], -1)
+                              attention_logits(q, k, nodes, self.config)], axis=-1)
     probs = jax.nn.softmax(logits, axis=-1)
-    capacity = state.k.shape[1]
-    out = attention_values(probs[..., :capacity], state.v)
-    out = out + attention_values(probs[..., capacity:], v.astype(state.v.dtype))
+    out = attention_values(probs[..., :capacity], state.v, x.shape[1])
+    out = out + attention_values(probs[..., capacity:], v, x.shape[1])
     return self._output(out, x), KVPending(k, v)
 
   def commit(self, state, pending, path, count):
-    return KVState(write_rows(state.k, gather_nodes(pending.k, path), state.length),
-                   write_rows(state.v, gather_nodes(pending.v, path), state.length),
+    def write(buffer, nodes):
+      return write_rows(buffer, jnp.take_along_axis(nodes, path[:, None, :, None], axis=2),
+                        state.length, axis=2)
+
+    return KVState(write(state.k, pending.k), write(state.v, pending.v),
                    state.length + count.astype(jnp.int32))

@@ -88,18 +88,18 @@ def gather_nodes(x: Array, path: Int[Array, "B P"]) -> Array:
   return jnp.take_along_axis(x, index, axis=1)
 
 
-def write_rows(buffer: Array, rows: Array, start: Int[Array, "B"]) -> Array:
-  """Writes ``rows [B,T,...]`` into ``buffer [B,S,...]`` at ``start[b]``; needs start + T <= S.
+def write_rows(buffer: Array, rows: Array, start: Int[Array, "B"], *, axis: int = 1) -> Array:
+  """Writes ``rows`` (T long on ``axis``) into ``buffer`` (S long) at ``start[b]``; start + T <= S.
 
   Unrolled over small batches: one in-place ``dynamic_update_slice`` a row, where a vmapped one
   becomes a scatter, which XLA:CPU runs element by element.
   """
   rows = rows.astype(buffer.dtype)
   if buffer.shape[0] > 8:
-    return jax.vmap(lambda b, r, s: jax.lax.dynamic_update_slice_in_dim(b, r, s, 0))(
-      buffer, rows, start
-    )
-  zeros = (0,) * (buffer.ndim - 2)
+    update = jax.lax.dynamic_update_slice_in_dim
+    return jax.vmap(lambda b, r, s: update(b, r, s, axis - 1))(buffer, rows, start)
   for b in range(buffer.shape[0]):
-    buffer = jax.lax.dynamic_update_slice(buffer, rows[b : b + 1], (b, start[b], *zeros))
+    at = [0] * buffer.ndim
+    at[0], at[axis] = b, start[b]
+    buffer = jax.lax.dynamic_update_slice(buffer, rows[b : b + 1], at)
   return buffer
