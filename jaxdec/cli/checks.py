@@ -30,28 +30,27 @@ def check(config: Any) -> None:
   _numbers(fields)
   if "mesh" in fields:
     mesh_axes(fields["mesh"])
-  if "model" in fields:
-    model_folder(fields["model"])
   for name in (fields.get("drafters") or "").split(","):
     drafter_name(name.strip())
   if fields.get("drafter") is not None:
-    if "work_dir" in fields:
-      _trainable(fields["drafter"])
-    else:
-      drafter_name(fields["drafter"])
+    (_trainable if "work_dir" in fields else drafter_name)(fields["drafter"])
+  prompts: list[str] = []
   if "prompt" in fields or isinstance(fields.get("prompts"), str):
-    texts(fields.get("prompt", ()), fields.get("prompts"), needed="prompt" in fields)
+    prompts = texts(fields.get("prompt", ()), fields.get("prompts"), needed="prompt" in fields)
   if fields.get("data") is not None:
     _data(fields["data"])
-  for key in ("output", "work_dir"):
-    path = fields.get(key)
-    if path is not None and key + "s" not in fields and "runs" not in fields:
-      _folder_to_write(f"--{key.replace('_', '-')}", path)
   if fields.get("runs") == ():
     raise UserError("no run folder; write `jaxdec plot runs/a runs/b`")
   for run in fields.get("runs", ()):
     if not Path(run).is_dir():
       raise UserError(f"run folder {run!r} does not exist")
+  for key in ("output", "work_dir"):
+    if fields.get(key) is not None and "runs" not in fields:
+      _folder_to_write(f"--{key.replace('_', '-')}", fields[key])
+  if "model" in fields:
+    folder = model_folder(fields["model"])
+    if prompts:
+      prompts_fit(folder, prompts)
 
 
 def _numbers(fields: dict[str, Any]) -> None:
@@ -63,10 +62,11 @@ def _numbers(fields: dict[str, Any]) -> None:
   for value in [*temperatures, *fields.get("temperatures", ())]:
     if not 0 <= value < float("inf"):
       raise UserError(f"temperature must be 0 (greedy) or positive, got {value:g}")
-  for key in ("top_p", "min_p"):
-    value = fields.get(key)
-    if value is not None and not 0 < value <= 1:
-      raise UserError(f"--{key.replace('_', '-')} must lie in (0, 1], got {value:g}")
+  top_p, min_p = fields.get("top_p"), fields.get("min_p")
+  if top_p is not None and not 0 < top_p <= 1:
+    raise UserError(f"--top-p must lie in (0, 1], got {top_p:g}")
+  if min_p is not None and not 0 <= min_p <= 1:
+    raise UserError(f"--min-p must lie in [0, 1], got {min_p:g}")
   for key in ("learning_rate", "minutes"):
     value = fields.get(key)
     if value is not None and not 0 < value < float("inf"):
@@ -94,55 +94,42 @@ def mesh_axes(text: str) -> dict[str, int]:
   return axes
 
 
-def model_folder(model: str) -> Path | None:
-  """The folder behind ``--model`` (None for 'tiny'), after a look at its files."""
+def model_folder(model: str) -> Path:
+  """The folder behind ``--model``, after a look at its files and their headers."""
+  from jaxdec.io import folders
+
   if model == "tiny":
-    return None
-  folder = Path(model).expanduser()
-  if not folder.exists():
+    path = Path(__file__).parent.parent / "assets" / "tiny_python"
+  elif not Path(model).expanduser().exists():
     raise UserError(
-      f"model folder {model!r} does not exist{nearest(model, ['tiny'])}; give a folder in Hugging "
-      "Face layout (config.json, *.safetensors, tokenizer.json) or 'tiny'"
+      f"model folder {model!r} does not exist{nearest(model, ['tiny'])}; give a local folder in "
+      "Hugging Face layout (config.json, *.safetensors, tokenizer.json), or 'tiny'"
     )
-  if not folder.is_dir():
-    raise UserError(
-      f"--model must be a folder with config.json and *.safetensors, {model!r} is a file"
-    )
-  fields = read_json(folder / "config.json", "config.json")
-  from jaxdec.io import hf_config
-
-  if fields.get("model_type") != "jaxdec":
-    hf_config.parse(fields)
-  weights = sorted(folder.glob("*.safetensors"))
-  if not weights:
-    raise UserError(f"no *.safetensors file in {model!r}; weights in other formats are not read")
-  for file in weights:
-    safetensors_header(file)
-  if not (folder / "tokenizer.json").is_file():
-    raise UserError(f"no tokenizer.json in {model!r}; copy it there from the model's source")
-  return folder
+  else:
+    path = Path(model).expanduser()
+  folders.open_model(path)
+  return path
 
 
-def safetensors_header(path: Path) -> dict[str, Any]:
-  """The header of a safetensors file, after checking that all the bytes it promises are there.
+def prompts_fit(folder: Path, prompts: list[str]) -> None:
+  """Raises for a tokenizer of another model, and for a prompt longer than the model's limit.
 
-  Layout: 8 bytes little-endian header size, JSON header, data; ``data_offsets`` count from its end.
+  The weights are not read, so this takes a moment even where they take minutes.
   """
-  size = path.stat().st_size
-  with open(path, "rb") as file:
-    head = file.read(8)
-    length = int.from_bytes(head, "little")
-    if len(head) < 8 or not 2 <= length <= 100_000_000 or 8 + length > size:
-      raise UserError(f"{path} is no complete safetensors file ({size} bytes); fetch it again")
-    try:
-      header = json.loads(file.read(length))
-      ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-      raise UserError(f"{path} has a damaged safetensors header; fetch it again") from error
-  expected = 8 + length + max(ends, default=0)
-  if size < expected:
-    raise UserError(f"{path} is truncated: {size} bytes of {expected}; fetch it again")
-  return header
+  from jaxdec.io import folders, hf_config, tokenizers
+
+  fields = folders.read_json(folder / "config.json")
+  if fields.get("model_type") == "jaxdec":
+    return  # our own layout is read by jaxdec.models
+  size, limit = fields["vocab_size"], hf_config.parse(fields)["max_length"]
+  tokenizer = tokenizers.load_tokenizer(folder, model_vocab_size=size)
+  for number, text in enumerate(prompts, 1):
+    length = len(tokenizer.encode(text))
+    if length >= limit:
+      raise UserError(
+        f"prompt {number} has {length} tokens and the model's limit is {limit}, new tokens "
+        "included; shorten the prompt"
+      )
 
 
 def drafter_name(name: str) -> None:
@@ -188,29 +175,15 @@ def texts(given: tuple[str, ...], path: str | None, needed: bool = True) -> list
 
 
 def _data(data: str) -> None:
-  if data != "python_stdlib" and not Path(data.partition("@")[0]).expanduser().exists():
-    raise UserError(
-      f"data {data!r} does not exist{nearest(data, ['python_stdlib'])}; give a folder, a file, or "
-      "python_stdlib"
-    )
+  if data == "python_stdlib" or data.startswith("tfds:") or Path(data).expanduser().exists():
+    return
+  raise UserError(
+    f"data {data!r} does not exist{nearest(data, ['python_stdlib'])}; give a folder, a file, "
+    "tfds:NAME, or python_stdlib"
+  )
 
 
 def _folder_to_write(option: str, path: str) -> None:
   folder = Path(path).expanduser()
   if folder.exists() and not folder.is_dir():
     raise UserError(f"{option} must be a folder, {path!r} is a file")
-
-
-def read_json(path: Path, what: str) -> dict[str, Any]:
-  """A JSON object from a file that must be there."""
-  if not path.is_file():
-    raise UserError(
-      f"no {what} in {str(path.parent)!r}; it is no model folder in Hugging Face layout"
-    )
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise UserError(f"{path} is not valid JSON: {error}") from error
-  if not isinstance(value, dict):
-    raise UserError(f"{path} must hold a JSON object, got {type(value).__name__}")
-  return value

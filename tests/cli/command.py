@@ -19,7 +19,7 @@ try:
 except SystemExit as stop:
   code = stop.code or 0
 finally:
-  heavy = ("jax", "flax", "numpy", "torch", "tensorflow", "transformers", "matplotlib")
+  heavy = ("jax", "flax", "torch", "tensorflow", "transformers", "matplotlib")
   print(json.dumps([m for m in heavy if m in sys.modules]))
 sys.exit(code)
 """

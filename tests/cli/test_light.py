@@ -7,9 +7,13 @@ import json
 import struct
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 import jaxdec
 from jaxdec.cli import main
+from jaxdec.cli.checks import model_folder, prompts_fit
 from jaxdec.cli.configs import COMMANDS
 from tests.cli.command import assert_sentence, run_jaxdec
 
@@ -132,7 +136,9 @@ def _model(folder, **changes):
   (folder / "config.json").write_text(json.dumps(fields))
   header = json.dumps({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
   (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 8)
-  (folder / "tokenizer.json").write_text("{}")
+  words = Tokenizer(WordLevel({w: i for i, w in enumerate("?abcd")}, unk_token="?"))
+  words.pre_tokenizer = Whitespace()
+  words.save(str(folder / "tokenizer.json"))
   return folder
 
 
@@ -143,15 +149,13 @@ def _refused(folder, *parts):
 
 
 def test_model_folder(tmp_path):
-  from jaxdec.cli.checks import model_folder
-
   folder = _model(tmp_path / "good")
   assert model_folder(str(folder)) == folder
   _refused(_model(tmp_path / "family", model_type="lama"), "'lama'", "did you mean 'llama'?")
   _refused(_model(tmp_path / "field", hidden_sizes=3), "'hidden_sizes'")
   for name, sentence in (
     ("config.json", "no config.json"),
-    ("model.safetensors", "no *.safetensors file"),
+    ("model.safetensors", "no weights"),
     ("tokenizer.json", "no tokenizer.json"),
   ):
     broken = _model(tmp_path / f"without_{name}")
@@ -168,7 +172,19 @@ def test_truncated_weights(tmp_path, keep):
   folder = _model(tmp_path / "m")
   file = folder / "model.safetensors"
   file.write_bytes(file.read_bytes()[:keep])
-  _refused(folder, "model.safetensors", "truncated" if keep == -1 else "no complete")
+  _refused(folder, "model.safetensors", "is truncated" if keep in (20, -1) else "is not a")
+
+
+def test_tokenizer_of_another_model(tmp_path):
+  _refused(_model(tmp_path / "m", vocab_size=3), "has 5 tokens", "vocabulary 3")
+
+
+def test_prompt_longer_than_the_model(tmp_path):
+  folder = _model(tmp_path / "m", max_position_embeddings=4)
+  prompts_fit(folder, ["a b c"])
+  outcome = run_jaxdec("generate", "--prompt", "a b c d", "--model", str(folder))
+  assert_sentence(outcome, "prompt 1 has 4 tokens", "limit is 4")
+  assert outcome.heavy == []
 
 
 def test_main_returns_codes(capsys):
