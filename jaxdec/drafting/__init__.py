@@ -1,1 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Who guesses: the drafter contract, draft trees, and the built-in drafters by name."""
+
+from jaxdec.drafting.base import Accepted, Context, Drafter, Prompt, Target, TargetOutput
+from jaxdec.drafting.merge import merge_paths
+from jaxdec.drafting.prompt_lookup import PromptLookup
+from jaxdec.drafting.registry import get, names, register
+from jaxdec.drafting.static_tree import StaticTree, expected_tokens, greedy_tree
+from jaxdec.drafting.tree import Tree, chain
+
+register("none", lambda: None)
+register("prompt_lookup", PromptLookup)
+
+__all__ = [
+  "Accepted",
+  "Context",
+  "Drafter",
+  "Prompt",
+  "PromptLookup",
+  "StaticTree",
+  "Target",
+  "TargetOutput",
+  "Tree",
+  "chain",
+  "expected_tokens",
+  "get",
+  "greedy_tree",
+  "merge_paths",
+  "names",
+  "register",
+]

@@ -33,7 +33,8 @@ def get(spec: str | Drafter | None, **options) -> Drafter | None:
     raise UserError(f"drafter must be a name or a Drafter object, got {type(spec).__name__}")
   if spec not in _FACTORIES:
     raise UserError(
-      f"unknown drafter {spec!r}{nearest(spec, _FACTORIES)}; known: {', '.join(_FACTORIES)}")
+      f"unknown drafter {spec!r}{nearest(spec, _FACTORIES)}; known: {', '.join(_FACTORIES)}"
+    )
   try:
     return _FACTORIES[spec](**options)
   except TypeError as error:

@@ -150,5 +150,4 @@ def greedy_tree(accuracy, num_nodes: int, max_depth: int | None = None) -> Stati
 def expected_tokens(tree: StaticTree, accuracy) -> float:
   """Expected tokens per step of a static tree under independent accuracies, bonus included."""
   acc = np.asarray(accuracy, np.float64)
-  return 1.0 + float(
-    sum(np.prod([acc[d, r] for d, r in enumerate(path)]) for path in tree.paths))
+  return 1.0 + float(sum(np.prod([acc[d, r] for d, r in enumerate(path)]) for path in tree.paths))

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several candidate paths as one tree: shared prefixes once, the heaviest M - 1 nodes kept."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxdec.drafting.tree import Tree
+
+
+def merge_paths(
+  root: Int[Array, "B"],
+  tokens: Int[Array, "B R L"],
+  valid: Bool[Array, "B R L"],
+  weight: Float[Array, "B R"],
+  num_nodes: int,
+) -> Tree:
+  """Merges R candidate continuations of the root (decoding card 2).
+
+  Node (r, j) stands for the first j + 1 tokens of path r; equal prefixes belong to the first path
+  that has them, and weigh the sum of their paths' weights. The ``num_nodes - 1`` heaviest are kept
+  (ties: shallower first, then earlier path), which always is a tree: weights don't increase with depth.
+
+  Args:
+    valid: made prefix-closed.
+    weight: votes or probabilities, positive.
+  """
+  tree = jax.vmap(lambda *a: _merge(*a, num_nodes - 1))(
+    tokens, jnp.cumprod(valid, axis=-1).astype(bool), weight
+  )
+  node_tokens, parent, depth, ok = tree
+  b = root.shape[0]
+  zero = jnp.zeros((b, 1), jnp.int32)
+  return Tree(
+    tokens=jnp.concatenate([root[:, None], node_tokens], axis=1).astype(jnp.int32),
+    parent=jnp.concatenate([zero, parent], axis=1),
+    depth=jnp.concatenate([zero, depth], axis=1),
+    valid=jnp.concatenate([jnp.ones((b, 1), bool), ok], axis=1),
+    max_depth=tokens.shape[-1],
+  )
+
+
+def _merge(c, ok, weight, keep):
+  paths, length = c.shape
+  same = (c[:, None] == c[None]) & ok[:, None] & ok[None]
+  prefix = jnp.cumprod(same, axis=-1).astype(bool)  # [r, s, j]: first j + 1 tokens equal
+  first = jnp.argmax(prefix, axis=1)  # [r, j]: the path that owns the node
+  owned = ok & (first == jnp.arange(paths)[:, None])
+  value = jnp.einsum("rsj,s->rj", prefix.astype(jnp.float32), weight)
+  r, j = jnp.meshgrid(jnp.arange(paths), jnp.arange(length), indexing="ij")
+  flat = lambda x: x.reshape(-1).astype(jnp.int32)  # noqa: E731
+  cost = jnp.where(owned, -value, jnp.inf).reshape(-1)
+  _, j, r = jax.lax.sort((cost, flat(j), flat(r)), num_keys=3)
+  kept = jnp.arange(paths * length) < jnp.minimum(keep, jnp.sum(owned))
+  j = jnp.where(kept, j, length)  # unused slots last
+  j, r = jax.lax.sort((j, r), num_keys=1, is_stable=True)
+  size = min(keep, paths * length)
+  j, r = j[:size], r[:size]
+  valid = j < length
+  slot = (
+    jnp.zeros((paths, length), jnp.int32)
+    .at[r, j]
+    .set(jnp.arange(1, size + 1, dtype=jnp.int32), mode="drop")
+  )
+  above = jnp.maximum(j - 1, 0)
+  parent = jnp.where(valid & (j > 0), slot[first[r, above], above], 0)
+  depth = jnp.where(valid, j + 1, 1)  # unused slots: children of the root, never accepted
+  node_tokens = jnp.where(valid, c[r, jnp.minimum(j, length - 1)], 0)
+  pad = (0, keep - size)
+  return tuple(
+    jnp.pad(x, pad, constant_values=v)
+    for x, v in ((node_tokens, 0), (parent, 0), (depth, 1), (valid, False))
+  )

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompt lookup: draft what followed an earlier occurrence of the last few tokens.
+
+Source: A. Saxena's prompt-lookup-decoding (2023). No parameters and no state: the history is enough.
+The longest matching suffix wins (n = ``ngram_max`` down to ``ngram_min``), then the most recent match.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from jaxdec.drafting.base import Drafter
+from jaxdec.drafting.merge import merge_paths
+from jaxdec.drafting.tree import chain
+from jaxdec.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptLookup(Drafter):
+  """Attributes:
+
+  num_drafts: tokens proposed (chain), or M - 1 (tree).
+  ngram_max, ngram_min: longest and shortest suffix looked for.
+  most_recent: take the last match; False: the first, as the reference does.
+  partial: allow matches with fewer than ``num_drafts`` tokens after them; False: refuse them, as the
+    reference does (it then never drafts from the text just written).
+  num_matches: more than 1 merges the best matches' continuations into one tree.
+  """
+
+  num_drafts: int = 7
+  ngram_max: int = 3
+  ngram_min: int = 1
+  most_recent: bool = True
+  partial: bool = True
+  num_matches: int = 1
+
+  name: ClassVar[str] = "prompt_lookup"
+
+  def __post_init__(self):
+    if self.num_drafts < 1 or not 1 <= self.ngram_min <= self.ngram_max or self.num_matches < 1:
+      raise UserError(
+        f"prompt_lookup needs num_drafts >= 1, 1 <= ngram_min <= ngram_max and num_matches >= "
+        f"1, got {self}"
+      )
+
+  @property
+  def num_nodes(self) -> int:
+    return self.num_drafts + 1
+
+  def propose(self, params, state, context, rng):
+    size = context.length + 1  # tokens known, root included
+    start, ok = find_matches(context.history, size, self)
+    tokens, valid = continuations(context.history, size, start, ok, self.num_drafts)
+    if self.num_matches == 1:
+      return chain(context.root, tokens[:, 0], valid[:, 0]), state
+    weight = jnp.ones(start.shape, jnp.float32)
+    return merge_paths(context.root, tokens, valid, weight, self.num_nodes), state
+
+
+def find_matches(
+  history: Int[Array, "B S"], size: Int[Array, "B"], config: PromptLookup
+) -> tuple[Int[Array, "B R"], Bool[Array, "B R"]]:
+  """The best R matches of the suffix: where their continuations start, and whether they are matches.
+
+  ``matched[i]`` counts tokens equal to the suffix, reading backwards from i, up to ``ngram_max``.
+  """
+  width = history.shape[1]
+  index = jnp.arange(width, dtype=jnp.int32)
+  matched = jnp.zeros(history.shape, jnp.int32)
+  run = index < size[:, None] - 1  # i = size - 1 is the suffix itself
+  if not config.partial:
+    run = run & (index + config.num_drafts < size[:, None])
+  for j in range(config.ngram_max):
+    wanted = jnp.take_along_axis(history, jnp.maximum(size - 1 - j, 0)[:, None], axis=1)
+    shifted = jnp.pad(history, ((0, 0), (j, 0)), constant_values=-1)[:, :width]
+    run = run & (shifted == wanted) & (size[:, None] > j)
+    matched = matched + run
+  recency = index if config.most_recent else width - 1 - index
+  score = jnp.where(matched >= config.ngram_min, matched * width + recency, -1)
+  starts, found = [], []
+  for _ in range(config.num_matches):
+    best = jnp.max(score, axis=1)
+    at = jnp.min(jnp.where(score == best[:, None], index, width - 1), axis=1)
+    starts.append(at + 1)
+    found.append(best >= 0)
+    score = jnp.where(index == at[:, None], -1, score)
+  return jnp.stack(starts, axis=1), jnp.stack(found, axis=1)
+
+
+def continuations(
+  history: Int[Array, "B S"],
+  size: Int[Array, "B"],
+  start: Int[Array, "B R"],
+  ok: Bool[Array, "B R"],
+  length: int,
+) -> tuple[Int[Array, "B R L"], Bool[Array, "B R L"]]:
+  """The ``length`` tokens from each start; invalid beyond the known text."""
+  at = start[..., None] + jnp.arange(length, dtype=jnp.int32)
+  valid = ok[..., None] & (at < size[:, None, None])
+  flat = jnp.minimum(at, history.shape[1] - 1).reshape(history.shape[0], -1)
+  return jnp.take_along_axis(history, flat, axis=1).reshape(at.shape), valid

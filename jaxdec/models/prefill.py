@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading whole prompts in chunks: one compiled chunk body, a data-dependent number of chunks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxdec.models.decoder import Decoder, DecoderState
+
+CHUNKS = (16, 64, 256)  # each ladder step is one compilation; a prompt is padded to its chunk
+
+
+def choose_chunk(longest: int, limit: int | None = None) -> int:
+  """The smallest ladder chunk that holds the prompt, else the largest one up to ``limit``."""
+  ladder = [c for c in CHUNKS if limit is None or c <= limit] or [limit]
+  return next((c for c in ladder if c >= longest), ladder[-1])
+
+
+def padded(longest: int, chunk: int) -> int:
+  """Prompt length rounded up to whole chunks."""
+  return -(-longest // chunk) * chunk
+
+
+def read_prompt(
+  model: Decoder,
+  params: Any,
+  state: DecoderState,
+  tokens: Int[Array, "B P"],
+  lengths: Int[Array, "B"],
+  *,
+  chunk: int,
+  capture: tuple[int, ...] = (),
+  keep: int | None = None,
+) -> tuple[DecoderState, Float[Array, "B T D"], tuple[Float[Array, "B T D"], ...]]:
+  """Feeds right-padded prompts to an empty state, ``chunk`` tokens at a time.
+
+  The LM head is never run: the caller unembeds the one row it wants.
+
+  Args:
+    tokens: ``P`` is at least the longest prompt rounded up to whole chunks (unread beyond that).
+    lengths: at least 1 each. The state's capacity must be at least the rounded length.
+    capture: layer inputs to record.
+    keep: None returns hidden and features at the last valid position of each row (T = 1); a number
+      T, a multiple of ``chunk``, returns the first T positions (undefined beyond ``lengths``).
+
+  Returns:
+    state, hidden (post final norm), features.
+  """
+  batch = tokens.shape[0]
+  rows = jnp.arange(batch)
+  last = lengths - 1
+  width = 1 if keep is None else keep
+  shapes = (jax.ShapeDtypeStruct((batch, width, model.config.dim), model.dtype),) * (
+    1 + len(capture)
+  )
+  buffers = tuple(jnp.zeros(s.shape, s.dtype) for s in shapes)
+
+  def read(i, carry):
+    state, buffers = carry
+    start = i * chunk
+    piece = jax.lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1)
+    position = start + jnp.arange(chunk, dtype=jnp.int32)
+    position = jnp.where(position < lengths[:, None], position, -1)
+    out = model.apply(
+      {"params": params}, piece, state, position, method="extend", capture=capture, logits=False
+    )
+
+    def record(buffer, x):
+      x = x.astype(buffer.dtype)
+      if keep is not None:
+        return jax.lax.dynamic_update_slice_in_dim(buffer, x, start, axis=1)
+      ends_here = (last // chunk == i)[:, None]
+      return jnp.where(ends_here, x[rows, last % chunk], buffer[:, 0])[:, None]
+
+    return out.state, tuple(map(record, buffers, (out.hidden, *out.features)))
+
+  chunks = (jnp.max(lengths) + chunk - 1) // chunk
+  state, buffers = jax.lax.fori_loop(0, chunks, read, (state, buffers))
+  return state, buffers[0], buffers[1:]
