@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Integer
 
 from jaxdec.data.documents import Document
 from jaxdec.data.tokenizer_training import END_OF_TEXT
@@ -33,8 +33,8 @@ _FORMAT = "jaxdec-corpus-1"
 class Corpus:
   """Documents as ids; document i is `tokens[offsets[i]:offsets[i+1]]`, its end-of-text included."""
 
-  tokens: Int[np.ndarray, "tokens"]
-  offsets: Int[np.ndarray, "documents+1"]
+  tokens: Integer[np.ndarray, "tokens"]
+  offsets: Integer[np.ndarray, "boundaries"]
   num_bytes: int = 0  # of text, for bits per byte; 0 where it is not known
 
   def __post_init__(self):
@@ -47,7 +47,7 @@ class Corpus:
   def __len__(self) -> int:
     return len(self.offsets) - 1
 
-  def __getitem__(self, index: int) -> Int[np.ndarray, "tokens"]:
+  def __getitem__(self, index: int) -> Integer[np.ndarray, "tokens"]:
     if not 0 <= index < len(self):
       raise IndexError(index)
     return self.tokens[self.offsets[index] : self.offsets[index + 1]]
@@ -61,7 +61,9 @@ class Corpus:
     return digest.hexdigest()[:16]
 
   @classmethod
-  def from_token_lists(cls, documents: Iterable[Sequence[int]], *, num_bytes: int = 0) -> Corpus:
+  def from_token_lists(
+    cls, documents: Iterable[Sequence[int] | np.ndarray], *, num_bytes: int = 0
+  ) -> Corpus:
     """A corpus of documents that are ids already; nothing is appended to them."""
     arrays = [np.asarray(ids, dtype=np.int32) for ids in documents]
     offsets = np.cumsum([0, *(len(a) for a in arrays)], dtype=np.int64)
@@ -105,7 +107,7 @@ def end_of_text_id(tokenizer: Any) -> int:
   return found
 
 
-def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+def encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
   """Ids without special tokens; a special token's name inside a text is encoded as plain text."""
   raw = _raw_tokenizer(tokenizer)
   if not (hasattr(raw, "encode_batch") and hasattr(raw, "encode_special_tokens")):
@@ -123,9 +125,11 @@ def _batches(items: Iterable, size: int) -> Iterator[list]:
     yield batch
 
 
-def _tokenize(texts: list[str], tokenizer: Any, eos_id: int) -> Corpus:
+def _tokenize(texts: list[str], tokenizer: Any, first: list[int], eos_id: int) -> Corpus:
   documents = (
-    [*ids, eos_id] for batch in _batches(texts, 256) for ids in _encode(tokenizer, batch)
+    [*first, *ids, eos_id]
+    for batch in _batches(texts, 256)
+    for ids in encode_texts(tokenizer, batch)
   )
   return Corpus.from_token_lists(documents, num_bytes=sum(len(t.encode()) for t in texts))
 
@@ -139,6 +143,9 @@ def tokenize_documents(
 ) -> Corpus:
   """Encodes every document and appends the end-of-text id.
 
+  Where the tokenizer has a beginning-of-sequence id (`bos_id`), that goes before each document, as
+  before each prompt.
+
   Args:
     documents: texts, in the order they are to have.
     tokenizer: a `tokenizers.Tokenizer`, or anything that holds one or has `encode(text) -> ids`.
@@ -148,11 +155,13 @@ def tokenize_documents(
   """
   texts = [d if isinstance(d, str) else d.text for d in documents]
   eos_id = end_of_text_id(tokenizer) if eos_id is None else eos_id
+  bos_id = getattr(tokenizer, "bos_id", None)
+  first = [] if bos_id is None else [int(bos_id)]
   raw = _raw_tokenizer(tokenizer)
   if cache is False or not hasattr(raw, "to_str"):
-    return _tokenize(texts, tokenizer, eos_id)
+    return _tokenize(texts, tokenizer, first, eos_id)
 
-  digest = hashlib.sha256(json.dumps([_FORMAT, eos_id, raw.to_str()]).encode())
+  digest = hashlib.sha256(json.dumps([_FORMAT, first, eos_id, raw.to_str()]).encode())
   for text in texts:
     encoded = text.encode()
     digest.update(len(encoded).to_bytes(8, "little") + encoded)
@@ -160,7 +169,7 @@ def tokenize_documents(
   folder = root / "corpus" / digest.hexdigest()[:32]
   if (corpus := _read(folder)) is not None:
     return corpus
-  corpus = _tokenize(texts, tokenizer, eos_id)
+  corpus = _tokenize(texts, tokenizer, first, eos_id)
   _write(folder, corpus)
   return _read(folder) or corpus
 

@@ -14,7 +14,7 @@ import dataclasses
 from collections import defaultdict
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Integer
 
 from jaxdec.errors import UserError
 
@@ -24,9 +24,9 @@ class PackPlan:
   """Rows of one epoch. Row r holds pieces `row_offsets[r]:row_offsets[r+1]`, left to right; piece p
   is the `piece_lengths[p]` tokens of the flat corpus from `piece_starts[p]` on."""
 
-  piece_starts: Int[np.ndarray, "pieces"]
-  piece_lengths: Int[np.ndarray, "pieces"]
-  row_offsets: Int[np.ndarray, "rows+1"]
+  piece_starts: Integer[np.ndarray, "pieces"]
+  piece_lengths: Integer[np.ndarray, "pieces"]
+  row_offsets: Integer[np.ndarray, "row_boundaries"]
   seq_len: int
 
   @property
@@ -45,11 +45,11 @@ def _draws(count: int, *entropy: int) -> np.ndarray:
 
 
 def cut(
-  offsets: Int[np.ndarray, "documents+1"],
+  offsets: Integer[np.ndarray, "boundaries"],
   seq_len: int,
   *,
-  first_cut: Int[np.ndarray, "documents"] | None = None,
-) -> tuple[Int[np.ndarray, "pieces"], Int[np.ndarray, "pieces"]]:
+  first_cut: Integer[np.ndarray, "documents"] | None = None,
+) -> tuple[Integer[np.ndarray, "pieces"], Integer[np.ndarray, "pieces"]]:
   """Starts and lengths of the pieces, in corpus order; no piece is longer than `seq_len` or empty.
 
   Args:
@@ -74,7 +74,7 @@ def cut(
   return starts[document] + begin, end - begin
 
 
-def best_fit(lengths: Int[np.ndarray, "pieces"], seq_len: int) -> list[list[int]]:
+def best_fit(lengths: Integer[np.ndarray, "pieces"], seq_len: int) -> list[list[int]]:
   """Best-fit decreasing: longest piece first, into the fullest row that still takes it.
 
   Ties go to the earlier piece and the row opened last, so the answer is a function of `lengths`.
@@ -104,7 +104,7 @@ def best_fit(lengths: Int[np.ndarray, "pieces"], seq_len: int) -> list[list[int]
 
 
 def plan_epoch(
-  offsets: Int[np.ndarray, "documents+1"],
+  offsets: Integer[np.ndarray, "boundaries"],
   seq_len: int,
   *,
   seed: int = 0,
@@ -135,8 +135,8 @@ def plan_epoch(
 
 
 def fill_rows(
-  tokens: Int[np.ndarray, "tokens"], plan: PackPlan, rows: range | Int[np.ndarray, "B"]
-) -> dict[str, Int[np.ndarray, "B T"] | Bool[np.ndarray, "B T"]]:
+  tokens: Integer[np.ndarray, "tokens"], plan: PackPlan, rows: range | Integer[np.ndarray, "B"]
+) -> dict[str, Integer[np.ndarray, "B T"] | Bool[np.ndarray, "B T"]]:
   """The batch of these rows; a row number past the end is a row of padding.
 
   tokens: int32, 0 where there is padding. segment_ids: 1, 2, ... within a row, 0 where there is

@@ -43,7 +43,9 @@ class PackedDataset(grain.IterDataset[Batch]):
   ):
     super().__init__()
     if len(corpus.tokens) == 0:
-      raise UserError("the corpus holds no token, so there is nothing to pack; give it documents")
+      raise UserError(
+        "there is no document in this source and split; give more text or another split"
+      )
     if batch_size < 1 or batch_size % process_count:
       raise UserError(
         f"batch_size is over all hosts and must be a positive multiple of their number "
