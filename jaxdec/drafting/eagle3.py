@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EAGLE-3 (arXiv 2503.01840): one decoder layer that continues the target's features on its own.
+
+At slot t, with low, middle and high features of the target at t and the token that follows:
+
+  g = W_fc [f_low ; f_mid ; f_high]
+  c = [RMS(E[x_{t+1}]) ; RMS(g)]                       read by q, k, v
+  g' = g + Attn(c);   g'' = g' + MLP(RMS(g'))
+  draft logits = W RMS(g'')                            for x_{t+2}; W is trained from scratch
+
+The next draft feeds ``g''`` (before the norm) in place of ``g`` with the drafted token. Training rolls
+this out ("training-time test"): step j = 0..K-1 at every slot reads ``x_{t+1+j}`` and step j-1's ``g''``, at
+position t + j, and attends to the step-0 keys up to t and to its own slot's keys of steps 1..j: what a
+draft sees at inference. Gradients flow through the whole rollout.
+
+Drafted keys never enter the cache: after verification the accepted slots are read again with true
+features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float
+
+from jaxdec.drafting.base import Context, Params, Target
+from jaxdec.drafting.dynamic_tree import take_nodes
+from jaxdec.drafting.hydra import draft_attention
+from jaxdec.drafting.trained import TrainedDrafter, embed, soft_cap
+from jaxdec.errors import UserError
+from jaxdec.mixers import Attention, AttentionConfig, NormConfig
+from jaxdec.mixers.attention import attention_logits, attention_values, visible
+from jaxdec.mixers.base import gather_nodes
+from jaxdec.mixers.norms import Dense, RMSNorm
+from jaxdec.models.config import DecoderConfig, MLPConfig
+from jaxdec.models.decoder import MLP
+
+
+class DraftVocabulary:
+  """A subset of the target's tokens the drafter may guess; hashable, so that it can be static.
+
+  Interchange form (EAGLE-3 checkpoints): ids ascend, ``d2t[i] = ids[i] - i`` is an offset, ``t2d`` marks the
+  kept tokens.
+  """
+
+  def __init__(self, ids, vocab_size: int):
+    self.ids = np.unique(np.asarray(ids, np.int32))
+    self.vocab_size = vocab_size
+    if not len(self.ids) or self.ids[0] < 0 or self.ids[-1] >= vocab_size:
+      raise UserError(f"draft vocabulary ids must lie in 0..{vocab_size - 1} and not be empty")
+    self._hash = hash((self.ids.tobytes(), vocab_size))
+
+  @classmethod
+  def most_frequent(cls, counts, size: int) -> DraftVocabulary:
+    """The ``size`` tokens of the largest ``counts [V]`` (of the labels of the training set)."""
+    counts = np.asarray(counts)
+    return cls(np.argsort(-counts, kind="stable")[:size], len(counts))
+
+  @property
+  def d2t(self) -> np.ndarray:
+    return self.ids - np.arange(len(self.ids), dtype=np.int32)
+
+  @property
+  def t2d(self) -> np.ndarray:
+    mask = np.zeros(self.vocab_size, bool)
+    mask[self.ids] = True
+    return mask
+
+  def __hash__(self):
+    return self._hash
+
+  def __eq__(self, other):
+    return isinstance(other, DraftVocabulary) and self.vocab_size == other.vocab_size and (
+      np.array_equal(self.ids, other.ids))
+
+  def __repr__(self):
+    return f"DraftVocabulary({len(self.ids)} of {self.vocab_size})"
+
+
+class EagleLayer(nn.Module):
+  """Parameters and the three ways through the layer: rollout, cached reading, drafting."""
+
+  attention_config: AttentionConfig
+  dim: int
+  hidden_dim: int
+  draft_vocab: int
+  norm: NormConfig
+  dtype: jnp.dtype
+
+  def setup(self):
+    self.fuse = Dense(self.dim, (None, "embed"), dtype=self.dtype)
+    self.embed_norm, self.state_norm, self.mlp_norm, self.out_norm = (
+      RMSNorm(self.norm) for _ in range(4))
+    self.attention = Attention(self.attention_config, self.dim, self.norm, self.dtype)
+    self.mlp = MLP(MLPConfig(self.hidden_dim), self.dim, self.dtype)
+    self.lm_head = Dense(self.draft_vocab, ("embed", "vocab"), dtype=self.dtype)
+
+  def _input(self, embedded, g):
+    return jnp.concatenate([self.embed_norm(embedded), self.state_norm(g)], axis=-1)
+
+  def _finish(self, g, attended):
+    g = g + attended
+    return g + self.mlp(self.mlp_norm(g))
+
+  def logits(self, g: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    """Draft logits of states ``g''``, float32."""
+    return self.lm_head(self.out_norm(g)).astype(jnp.float32)
+
+  def rollout(self, features: Float[Array, "B T 3D"], embedded: Float[Array, "B T D"], positions,
+              segment_ids, steps: int) -> list[Float[Array, "B T D"]]:
+    """``g''`` of every slot at every step; the last slots of step j have no token and are garbage."""
+    config, t = self.attention_config, features.shape[1]
+    g, index = self.fuse(features), jnp.arange(features.shape[1])[None]
+    mask = visible(index, index, None) & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    outputs, own_keys, own_values = [], [], []
+    for j in range(steps):
+      shifted = jnp.pad(embedded[:, 1 + j :], ((0, 0), (0, min(1 + j, t)), (0, 0)))
+      x = self._input(shifted, g)
+      q, k, v = self.attention._project(x, positions + j)
+      if j == 0:
+        keys, values = k, v
+      else:
+        own_keys.append(k)
+        own_values.append(v)
+      logits = [attention_logits(q, keys, mask, config)]
+      logits += [_own_slot_logits(q, k, config)[..., None] for k in own_keys]
+      probs = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1)
+      out = attention_values(probs[..., :t], values)
+      for i, own in enumerate(own_values):
+        out = out + _own_slot_values(probs[..., t + i], own)
+      g = self._finish(g, self.attention._output(out, x))
+      outputs.append(g)
+    return outputs
+
+  def read(self, features, embedded, state, positions):
+    """Reads slots with true features into the cache (position -1: padding)."""
+    g = self.fuse(features)
+    attended, state = self.attention.extend(self._input(embedded, g), state, positions)
+    return self._finish(g, attended), state
+
+  def draft(self, g, embedded, positions, state, keys, values, ancestors):
+    """Feeds ``n`` drafted nodes after the ``m`` fed before (``keys``, ``values [B,m,K,H]``).
+
+    ``ancestors [B,n,m+n]``: which drafted nodes each sees, itself included.
+    """
+    x = self._input(embedded, g)
+    q, k, v = self.attention._project(x, positions)
+    keys = jnp.concatenate([keys, k.astype(keys.dtype)], axis=1)
+    values = jnp.concatenate([values, v.astype(values.dtype)], axis=1)
+    capacity = state.k.shape[1]
+    cached = (jnp.arange(capacity) < state.length[:, None])[:, None]
+    cached = jnp.broadcast_to(cached, (*g.shape[:2], capacity))
+    probs = jax.nn.softmax(jnp.concatenate([
+      attention_logits(q, state.k, cached, self.attention_config),
+      attention_logits(q, keys, ancestors, self.attention_config)], axis=-1), axis=-1)
+    out = attention_values(probs[..., :capacity], state.v)
+    out = out + attention_values(probs[..., capacity:], values)
+    return self._finish(g, self.attention._output(out, x)), keys, values
+
+  def __call__(self, features, embedded, positions, segment_ids):
+    """Touches every parameter (for ``init``)."""
+    return self.logits(self.rollout(features, embedded, positions, segment_ids, 1)[0])
+
+
+def _own_slot_logits(q, k, config):
+  """``q_t . k_t`` per head: ``[B,K,G,T]``."""
+  b, t, n, h = q.shape
+  scale = config.scale if config.scale is not None else h**-0.5
+  q = q.reshape(b, t, k.shape[2], n // k.shape[2], h)
+  return jnp.einsum("btkgh,btkh->bkgt", q, k, preferred_element_type=jnp.float32) * scale
+
+
+def _own_slot_values(probs, v):
+  b, t, kv, h = v.shape
+  out = jnp.einsum("bkgt,btkh->btkgh", probs.astype(v.dtype), v, preferred_element_type=jnp.float32)
+  return out.reshape(b, t, -1, h)
+
+
+@struct.dataclass
+class EagleState:
+  """``g''`` of the slot before the root, and the cache of slots read with true features."""
+
+  last: Float[Array, "B D"]
+  cache: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eagle3(TrainedDrafter):
+  """EAGLE-3.
+
+  Attributes:
+    capture_layers: the three layer inputs read (0-based; L: the stream before the final norm).
+    attention, hidden_dim, eps: shape of the draft layer.
+    num_heads: K, steps of the training rollout; at inference any depth works.
+    vocabulary: optional draft vocabulary. A slot whose most likely target token lies outside it is
+      not trained on; such tokens are never drafted (the output doesn't change).
+  """
+
+  name: ClassVar[str] = "eagle3"
+  sequential: ClassVar[bool] = True
+  needs_prompt_hidden: ClassVar[bool] = True
+
+  capture_layers: tuple[int, ...]
+  attention: AttentionConfig
+  hidden_dim: int
+  eps: float = 1e-6
+  num_heads: int = 5
+  objective: Literal["hard", "soft"] = "soft"
+  depth_decay: float = 0.8
+  vocabulary: DraftVocabulary | None = None
+
+  @classmethod
+  def for_target(cls, config: DecoderConfig, **options) -> Eagle3:
+    options.setdefault("capture_layers", default_capture(config.num_layers))
+    options.setdefault("attention", draft_attention(config))
+    options.setdefault("hidden_dim", config.layers[0].mlp.hidden_dim)
+    options.setdefault("eps", config.norm.eps)
+    return super().for_target(config, **options)
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.vocabulary is not None and self.vocabulary.vocab_size != self.vocab_size:
+      raise UserError(f"the draft vocabulary is a subset of {self.vocabulary.vocab_size} tokens, but "
+                      f"the target has {self.vocab_size}")
+
+  @property
+  def capture(self) -> tuple[int, ...]:
+    return self.capture_layers
+
+  @property
+  def depth_limit(self) -> int:
+    return 1 << 10  # recurrent: no trained limit
+
+  @property
+  def draft_ids(self):
+    return None if self.vocabulary is None else jnp.asarray(self.vocabulary.ids)
+
+  @property
+  def layer(self) -> EagleLayer:
+    size = self.vocab_size if self.vocabulary is None else len(self.vocabulary.ids)
+    return EagleLayer(self.attention, self.dim, self.hidden_dim, size, NormConfig(self.eps),
+                      jnp.dtype(self.dtype))
+
+  def init_boxed(self, rng: jax.Array, target: Target) -> Params:
+    features = jnp.zeros((1, 2, len(self.capture) * self.dim), self.dtype)
+    zeros = jnp.zeros((1, 2), jnp.int32)
+    return self.layer.init(rng, features, features[..., : self.dim], zeros, zeros)["params"]
+
+  def head(self, params, target, depth, states):
+    return soft_cap(self._apply(params, states, method="logits"), self.logit_cap)
+
+  def _apply(self, params, *args, method):
+    return self.layer.apply({"params": params}, *args, method=method)
+
+  def _fused(self, output):
+    return jnp.concatenate(output.features, axis=-1).astype(self.dtype)
+
+  def teacher_forced(self, params, target, output, batch, rng=None):
+    features = jax.lax.stop_gradient(self._fused(output))
+    tokens = jax.lax.stop_gradient(embed(target, batch["tokens"], self.dtype))
+    states = self._apply(params, features, tokens, batch["positions"], batch["segment_ids"],
+                         self.num_heads, method="rollout")
+    return [g[:, : -1 - k] for k, g in enumerate(states, 1)]
+
+  def _restrict(self, labels, teacher, weights, best):
+    if self.vocabulary is None:
+      return labels, teacher, weights, best, None
+    inside = jnp.asarray(self.vocabulary.t2d)
+    to_draft = jnp.asarray(np.cumsum(self.vocabulary.t2d) - 1, jnp.int32)
+    # A hard label outside the draft vocabulary can't be learned either.
+    keep = inside[best] & (inside[labels] if self.objective == "hard" else True)
+    labels = jnp.where(inside[labels], to_draft[labels], 0)
+    best = jnp.where(inside[best], to_draft[best], 0)
+    mass = jax.nn.logsumexp(teacher, axis=-1)
+    return labels, teacher[..., self.draft_ids], weights * keep, best, mass
+
+  # Inference. Slot t holds (features of t, token t + 1); the last slot holds the root.
+
+  def init_state(self, batch: int, capacity: int) -> EagleState:
+    attention = Attention(self.attention, self.dim, parent=None)
+    cache = attention.init_state(batch, capacity, jnp.dtype(self.dtype))
+    return EagleState(jnp.zeros((batch, self.dim), self.dtype), cache)
+
+  def _read(self, params, state, features, next_tokens, count, target):
+    index = jnp.arange(next_tokens.shape[1], dtype=jnp.int32)[None]
+    positions = jnp.where(index < count[:, None], state.cache.length[:, None] + index, -1)
+    embedded = embed(target, next_tokens, self.dtype)
+    g, cache = self._apply(params, features, embedded, state.cache, positions, method="read")
+    last = jnp.take_along_axis(g, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
+    return EagleState(jnp.where(count[:, None] > 0, last, state.last), cache)
+
+  def start(self, params, state, prompt, output, target):
+    index = jnp.arange(prompt.tokens.shape[1])[None]
+    following = jnp.roll(prompt.tokens, -1, axis=1)
+    following = jnp.where(index == prompt.lengths[:, None] - 1, prompt.root[:, None], following)
+    return self._read(params, state, self._fused(output), following, prompt.lengths, target)
+
+  def observe(self, params, state, tree, accepted, output, context):
+    features = gather_nodes(self._fused(output), accepted.path)
+    return self._read(params, state, features, accepted.tokens, accepted.count, context.target)
+
+  def first(self, params, state, context: Context):
+    logits = self.head(params, context.target, 1, state.last[:, None])[:, 0]
+    b, c = state.last.shape[0], self.attention
+    empty = jnp.zeros((b, 0, c.num_kv_heads, c.head_dim), state.cache.k.dtype)
+    return logits, (state.last[:, None], empty, empty, jnp.zeros((b, 1, 0), bool))
+
+  def step(self, params, state, context: Context):
+    def feed(carry, level, tokens, parents):
+      g, keys, values, ancestors = carry
+      b, n = tokens.shape
+      itself = jnp.broadcast_to(jnp.eye(n, dtype=bool), (b, n, n))
+      seen = jnp.concatenate([take_nodes(ancestors, parents), itself], axis=-1)
+      positions = jnp.broadcast_to(state.cache.length[:, None] - 1 + level, (b, n))
+      g, keys, values = self._apply(
+        params, take_nodes(g, parents), embed(context.target, tokens, self.dtype), positions,
+        state.cache, keys, values, seen, method="draft")
+      # Nodes of later levels see this level through ``seen``; pad it to the keys held then.
+      return self.head(params, context.target, level + 1, g), (g, keys, values, seen)
+
+    return feed
+
+
+def default_capture(num_layers: int) -> tuple[int, int, int]:
+  """Inputs of layers 2, L//2 and L-3 (the paper's choice); spread evenly where L < 8."""
+  if num_layers >= 8:
+    return 2, num_layers // 2, num_layers - 3
+  return min(1, num_layers), num_layers // 2, max(num_layers - 1, 1)

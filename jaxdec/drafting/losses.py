@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses and metrics over a vocabulary, in float32.
+
+The two cross-entropies carry their own gradients: one pass ``softmax - label`` over the logits, no
+scatter and no copy of the softmax kept for the backward pass, which is what dominates the cost of
+training draft heads on a small model.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def _logsumexp(logits: Float[Array, "... V"]) -> Float[Array, "..."]:
+  return jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
+
+
+def _is_label(logits: Float[Array, "... V"], labels: Int[Array, "..."]):
+  index = jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1)
+  return index == labels[..., None]
+
+
+def _label_logit(logits: Float[Array, "... V"], labels: Int[Array, "..."]) -> Float[Array, "..."]:
+  picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+  return picked.astype(jnp.float32)
+
+
+@jax.custom_vjp
+def cross_entropy(logits: Float[Array, "... V"], labels: Int[Array, "..."]) -> Float[Array, "..."]:
+  """``-log softmax(logits)[label]``, elementwise (no reduction); labels must lie in ``0..V-1``."""
+  return _logsumexp(logits) - _label_logit(logits, labels)
+
+
+def _cross_entropy_fwd(logits, labels):
+  lse = _logsumexp(logits)
+  return lse - _label_logit(logits, labels), (logits, labels, lse)
+
+
+def _cross_entropy_bwd(residuals, g):
+  logits, labels, lse = residuals
+  q = jnp.exp(logits.astype(jnp.float32) - lse[..., None])
+  return (g[..., None] * (q - _is_label(logits, labels))).astype(logits.dtype), None
+
+
+cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
+
+
+@jax.custom_vjp
+def soft_cross_entropy(
+  logits: Float[Array, "... V"], teacher_logits: Float[Array, "... V"]
+) -> Float[Array, "..."]:
+  """``-sum_v p_v log q_v`` with p the teacher's softmax; no gradient reaches the teacher."""
+  return _soft_cross_entropy_fwd(logits, teacher_logits)[0]
+
+
+def _soft_cross_entropy_fwd(logits, teacher_logits):
+  lse, teacher_lse = _logsumexp(logits), _logsumexp(teacher_logits)
+  p = jnp.exp(teacher_logits.astype(jnp.float32) - teacher_lse[..., None])
+  loss = lse - jnp.sum(p * logits, axis=-1)
+  return loss, (logits, teacher_logits, lse, teacher_lse)
+
+
+def _soft_cross_entropy_bwd(residuals, g):
+  logits, teacher_logits, lse, teacher_lse = residuals
+  q = jnp.exp(logits.astype(jnp.float32) - lse[..., None])
+  p = jnp.exp(teacher_logits.astype(jnp.float32) - teacher_lse[..., None])
+  return (g[..., None] * (q - p)).astype(logits.dtype), jnp.zeros_like(teacher_logits)
+
+
+soft_cross_entropy.defvjp(_soft_cross_entropy_fwd, _soft_cross_entropy_bwd)
+
+
+def first_argmax(x: Float[Array, "... V"]) -> Int[Array, "..."]:
+  """Lowest index of the maximum, as two plain reductions: XLA:CPU runs ``jnp.argmax`` unvectorised."""
+  index = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+  top = jnp.max(x, axis=-1, keepdims=True)
+  return jnp.min(jnp.where(x == top, index, x.shape[-1] - 1), axis=-1)
+
+
+def label_rank(logits: Float[Array, "... V"], labels: Int[Array, "..."]) -> Int[Array, "..."]:
+  """How many tokens ``lax.top_k`` would put before the label (0: it is the argmax)."""
+  value = jnp.take_along_axis(logits, labels[..., None], axis=-1)
+  index = jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1)
+  before = (logits > value) | ((logits == value) & (index < labels[..., None]))
+  return jnp.sum(before, axis=-1, dtype=jnp.int32)
+
+
+def overlap(
+  logits: Float[Array, "... V"],
+  teacher_logits: Float[Array, "... V"],
+  teacher_lse: Float[Array, "..."] | None = None,
+) -> Float[Array, "..."]:
+  """``sum_v min(p_v, q_v) = 1 - TV(p, q)``: the chance that ratio-rule verification accepts.
+
+  ``teacher_lse`` normalises p where ``teacher_logits`` are cut to a draft vocabulary.
+  """
+  if teacher_lse is None:
+    teacher_lse = _logsumexp(teacher_logits)
+  p = jnp.exp(teacher_logits.astype(jnp.float32) - teacher_lse[..., None])
+  q = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+  return jnp.sum(jnp.minimum(p, q), axis=-1)
+
+
+def masked_mean(values: Float[Array, "..."], weights: Float[Array, "..."]) -> Float[Array, ""]:
+  """``sum(w x) / max(sum(w), 1)`` in float32."""
+  weights = weights.astype(jnp.float32)
+  return jnp.sum(values.astype(jnp.float32) * weights) / jnp.maximum(jnp.sum(weights), 1.0)

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drafter distillation: the frozen target runs in the same program, the drafter learns from it.
+
+The target's parameters are an argument of the compiled step (``frozen``), its output is cut off from
+differentiation, and gradients are taken with respect to the drafter alone, so no gradient of a
+target leaf is ever computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from jaxdec.drafting.base import Params, Target, TargetOutput
+from jaxdec.drafting.checkpoint import fingerprint, save_drafter, to_config
+from jaxdec.drafting.static_tree import expected_tokens, greedy_tree
+from jaxdec.drafting.trained import TrainedDrafter
+from jaxdec.training.task import Batch, Task
+
+
+class Distill(Task):
+  """Trains ``drafter`` for the decoder ``model`` (either layout) with parameters ``target_params``."""
+
+  def __init__(self, drafter: TrainedDrafter, model: Any, target_params: Params):
+    self.drafter = drafter
+    self.model = model
+    self._target_params = target_params
+    self._fingerprint = fingerprint(model, target_params)
+
+  def init(self, rng: jax.Array) -> Params:
+    target = Target(self.model, nn.unbox(self._target_params), None)
+    return self.drafter.init_boxed(rng, target)
+
+  @property
+  def frozen(self) -> Params:
+    return {"target": self._target_params}
+
+  def teacher(self, frozen: Params, batch: Batch) -> tuple[Target, TargetOutput]:
+    """The target and what it computes on a batch, cut off from differentiation."""
+    params = jax.lax.stop_gradient(nn.unbox(frozen["target"]))
+    out = self.model.apply({"params": params}, batch["tokens"], batch["positions"],
+                           batch["segment_ids"], capture=self.drafter.capture)
+    output = jax.lax.stop_gradient(TargetOutput(out.hidden, out.features, out.logits))
+    return Target(self.model, params, None), output
+
+  def loss(self, params: Params, frozen: Params, batch: Batch, rng: jax.Array | None):
+    target, output = self.teacher(frozen, batch)
+    return self.drafter.loss(params, target, output, batch, rng)
+
+  def evaluate(self, params: Params, frozen: Params, batch: Batch, rng: jax.Array):
+    del rng  # no dropout, every slot
+    loss, metrics = self.loss(params, frozen, batch, None)
+    return {"loss": loss, **metrics}
+
+  def flops_per_token(self, params: Params, length: int) -> float:
+    flops = super().flops_per_token(params, length)
+    if getattr(self.drafter, "share_head", False):
+      # Forward, and backward to the states, through the target's head at each depth.
+      flops += 4.0 * self.drafter.num_heads * self.drafter.dim * self.drafter.vocab_size
+    return flops
+
+  @property
+  def config(self) -> dict[str, Any]:
+    return {"task": "distill", "drafter": to_config(self.drafter), "target": self._fingerprint}
+
+
+def measure_accuracy(task: Distill, params: Params, batches: Iterable[Batch]) -> np.ndarray:
+  """Rank table ``[D, R]`` of a trained drafter over held-out batches.
+
+  Entry ``[k-1, r]``: how often the target's most likely token was the drafter's number r at depth k.
+  """
+
+  @jax.jit
+  def one(params, frozen, batch):
+    target, output = task.teacher(frozen, batch)
+    return task.drafter.accuracy(params, target, output, batch)
+
+  frozen, hits, counts = task.frozen, 0.0, 0.0
+  for batch in batches:
+    table, count = jax.device_get(one(params, frozen, dict(batch)))
+    hits = hits + np.asarray(table, np.float64) * np.asarray(count, np.float64)[:, None]
+    counts = counts + np.asarray(count, np.float64)
+  return hits / np.maximum(counts, 1.0)[:, None]
+
+
+def finish(task: Distill, params: Params, batches: Iterable[Batch], folder: str | None = None, *,
+           num_nodes: int = 16, extra: Mapping[str, Any] | None = None) -> TrainedDrafter:
+  """Measures the drafter on held-out batches, gives it the best static tree of ``num_nodes`` nodes,
+  root included, and saves it to ``folder`` (if any). Returns the drafter with its tree."""
+  accuracy = measure_accuracy(task, params, batches)
+  tree = greedy_tree(np.clip(accuracy, 0.0, 1.0), num_nodes)
+  drafter = task.drafter
+  if tree.paths:  # a drafter that is never right keeps the tree it has
+    drafter = dataclasses.replace(drafter, tree=tree)
+  if folder is not None:
+    facts = {"accuracy": accuracy.round(6).tolist(),
+             "expected_tokens_per_step": expected_tokens(tree, accuracy)}
+    target = Target(task.model, nn.unbox(task.frozen["target"]), None)
+    save_drafter(folder, drafter, params, target, {**facts, **dict(extra or {})})
+  return drafter
