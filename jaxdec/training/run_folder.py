@@ -21,8 +21,16 @@ from jaxdec.errors import UserError
 # How a run is watched, stored and spread over devices does not change what it computes (up to
 # rounding, for the mesh), so a resumed run may differ in these.
 FREE = frozenset(
-  {"work_dir", "log_every", "eval_every", "checkpoint_every", "keep", "tensorboard", "progress",
-   "mesh"}
+  {
+    "work_dir",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "keep",
+    "tensorboard",
+    "progress",
+    "mesh",
+  }
 )
 
 
@@ -88,9 +96,9 @@ class RunFolder:
   @staticmethod
   def _same(path, old, new):
     found = [
-      item for item in differences(old, json.loads(json.dumps(new)))
-      if item[0].split(".")[0].split("[")[0] != "trainer"
-      or item[0].split(".")[1] not in FREE
+      item
+      for item in differences(old, json.loads(json.dumps(new)))
+      if item[0].split(".")[0].split("[")[0] != "trainer" or item[0].split(".")[1] not in FREE
     ]
     if found:
       where, before, now = found[0]

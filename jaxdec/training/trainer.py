@@ -260,9 +260,7 @@ class Trainer:
   def compile(self, batch: Mapping[str, np.ndarray]) -> Callable:
     """The compiled step for batches shaped like this one; checks sizes before compiling."""
     rules_lib.check_batch(batch, self.mesh, self.rules, split=self.config.accumulate)
-    return jax.jit(
-      self.step_fn, donate_argnums=0, out_shardings=(self.shardings, self._replicated)
-    )
+    return jax.jit(self.step_fn, donate_argnums=0, out_shardings=(self.shardings, self._replicated))
 
   def evaluate(self, params: Any, frozen: Any, step: int = 0) -> dict[str, Any]:
     """Averages ``task.evaluate`` over the held-out batches; ``{}`` where there are none."""
@@ -298,7 +296,7 @@ class Trainer:
 
     Raises:
       UserError: the work directory holds another run; sizes that do not divide; data that ends.
-      FloatingPointError: the loss is not finite; the last checkpoint is from before.
+      UserError: also where the loss is not finite; the last checkpoint is from before.
     """
     folder = None
     if self.config.work_dir is not None:
@@ -440,7 +438,7 @@ class _Reports:
 
   def _check(self, metrics):
     if not np.isfinite(metrics["loss"]):
-      raise FloatingPointError(
+      raise UserError(
         f"the loss is {float(metrics['loss'])}; lower the learning rate or clip harder, and resume "
         "from the last checkpoint"
       )
