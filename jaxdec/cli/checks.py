@@ -50,7 +50,7 @@ def check(config: Any) -> None:
   if "model" in fields:
     folder = model_folder(fields["model"])
     if prompts:
-      prompts_fit(folder, prompts)
+      prompts_fit(folder, prompts, fields.get("max_new_tokens", 1))
 
 
 def _numbers(fields: dict[str, Any]) -> None:
@@ -111,7 +111,7 @@ def model_folder(model: str) -> Path:
   return path
 
 
-def prompts_fit(folder: Path, prompts: list[str]) -> None:
+def prompts_fit(folder: Path, prompts: list[str], new: int = 1) -> None:
   """Raises for a tokenizer of another model, and for a prompt longer than the model's limit.
 
   The weights are not read, so this takes a moment even where they take minutes.
@@ -125,10 +125,10 @@ def prompts_fit(folder: Path, prompts: list[str]) -> None:
   tokenizer = tokenizers.load_tokenizer(folder, model_vocab_size=size)
   for number, text in enumerate(prompts, 1):
     length = len(tokenizer.encode(text))
-    if length >= limit:
+    if length + new > limit:
       raise UserError(
-        f"prompt {number} has {length} tokens and the model's limit is {limit}, new tokens "
-        "included; shorten the prompt"
+        f"prompt {number} has {length} tokens and --max-new-tokens is {new}: together "
+        f"{length + new}, over the model's limit of {limit}; shorten one of them"
       )
 
 

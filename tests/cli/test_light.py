@@ -182,8 +182,9 @@ def test_tokenizer_of_another_model(tmp_path):
 def test_prompt_longer_than_the_model(tmp_path):
   folder = _model(tmp_path / "m", max_position_embeddings=4)
   prompts_fit(folder, ["a b c"])
-  outcome = run_jaxdec("generate", "--prompt", "a b c d", "--model", str(folder))
-  assert_sentence(outcome, "prompt 1 has 4 tokens", "limit is 4")
+  args = ["--prompt", "a b c", "--model", str(folder), "--max-new-tokens", "2"]
+  outcome = run_jaxdec("generate", *args)
+  assert_sentence(outcome, "prompt 1 has 3 tokens", "together 5, over the model's limit of 4")
   assert outcome.heavy == []
 
 
