@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every mixer against the contract of ``jaxdec.mixers.base``; the checks: ``jaxdec.mixers.testing``."""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+import pytest
+
+from jaxdec.mixers import (
+  AttentionConfig,
+  LinearAttentionConfig,
+  NormConfig,
+  RopeConfig,
+  build_mixer,
+)
+from jaxdec.mixers.testing import CHECKS, Subject, check_extend_equals_call
+
+DIM = 16
+GEMMA_NORM = NormConfig(unit_offset=True)
+
+MIXERS = {
+  "attention": AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=8),
+  "attention_gqa": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6, rope=None),
+  "attention_window": AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8, window=3),
+  "attention_everything": AttentionConfig(
+    num_heads=2, num_kv_heads=1, head_dim=8, rope=RopeConfig(rotary_fraction=0.5), qk_norm=True,
+    qkv_bias=True, out_bias=True, logit_cap=2.0, scale=0.5),
+  "linear": LinearAttentionConfig(num_heads=2, head_dim=8, decay="none", chunk_size=4),
+  "linear_normalized": LinearAttentionConfig(
+    num_heads=2, head_dim=8, decay="none", feature_map="elu", normalize=True, output_norm=False,
+    output_gate=False, chunk_size=4),
+  "retention": LinearAttentionConfig(
+    num_heads=4, num_kv_heads=2, head_dim=6, value_dim=10, decay="fixed", feature_map="identity",
+    rope=RopeConfig(), chunk_size=3),
+  "linear_data_decay": LinearAttentionConfig(
+    num_heads=4, num_kv_heads=2, head_dim=6, chunk_size=4, scale=1.0),
+}
+NORMS = {"attention_everything": GEMMA_NORM, "linear_data_decay": GEMMA_NORM}
+
+
+@functools.cache
+def subject(name: str, dtype=jnp.float32) -> Subject:
+  mixer = build_mixer(MIXERS[name], DIM, NORMS.get(name, NormConfig()), dtype)
+  return Subject.of_mixer(mixer, DIM, tolerance=2e-5 if dtype == jnp.float32 else 3e-2)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+@pytest.mark.parametrize("name", MIXERS)
+def test_contract(name, check):
+  check(subject(name))
+
+
+@pytest.mark.parametrize("name", ["attention", "linear_data_decay"])
+def test_bfloat16(name):
+  check_extend_equals_call(subject(name, jnp.bfloat16))
