@@ -159,4 +159,7 @@ def load_params(work_dir: str | pathlib.Path, step: int | None = None) -> Any:
     raise UserError(f"{str(work_dir)!r} holds {what}; give the work_dir of a training run")
   ocp = _orbax()
   path = folder / str(steps[-1] if step is None else step)
-  return ocp.load_checkpointables(path, {"params": None})["params"]
+  # Asked for as NumPy arrays, so that the mesh it was saved from need not exist here.
+  metadata = ocp.checkpointables_metadata(path).metadata["params"]
+  abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), metadata)
+  return ocp.load_checkpointables(path, {"params": abstract})["params"]

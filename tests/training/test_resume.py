@@ -49,9 +49,9 @@ def assert_same_run(one, other):
 
 def test_killed_anywhere_then_resumed_is_bit_identical(uninterrupted, tmp_path):
   folder = tmp_path / "run"
-  # Before the first checkpoint; while the save of step 4 is under way; far from a checkpoint; and
-  # in the very step of the next one.
-  for kill_at in (3, 5, 8, 12):
+  # Before the first checkpoint; while the save of step 4 is under way; and in the very step of a
+  # later one.
+  for kill_at in (3, 5, 12):
     killed = run(folder, "--kill-at", kill_at)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
   done = run(folder)
@@ -119,7 +119,7 @@ def test_half_written_checkpoint_is_ignored(uninterrupted, tmp_path):
 
 def test_finished_run_is_left_alone(uninterrupted):
   before = {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*") if p.is_file()}
-  result = Trainer(tiny.task(), tiny.config(uninterrupted), data=tiny.Batches()).train()
+  result = Trainer(tiny.task(), tiny.config(uninterrupted, "muon"), data=tiny.Batches()).train()
   assert result.step == tiny.STEPS and not result.interrupted
   after = {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*") if p.is_file()}
   changed = {p.name for p in after if before.get(p) != after[p]}
@@ -129,9 +129,9 @@ def test_finished_run_is_left_alone(uninterrupted):
 
 def test_another_configuration_is_refused(uninterrupted):
   with pytest.raises(UserError, match=r"another run: trainer\.seed is 0 there and 7 here"):
-    Trainer(tiny.task(), tiny.config(uninterrupted, seed=7), data=tiny.Batches()).train()
+    Trainer(tiny.task(), tiny.config(uninterrupted, "muon", seed=7), data=tiny.Batches()).train()
   with pytest.raises(UserError, match=r"another run: task\.z_loss is 0\.0 there and 0\.1 here"):
-    Trainer(tiny.task(z_loss=0.1), tiny.config(uninterrupted), data=tiny.Batches()).train()
+    Trainer(tiny.task(z_loss=0.1), tiny.config(uninterrupted, "muon"), data=tiny.Batches()).train()
   assert len(read_metrics(uninterrupted)) == tiny.STEPS
 
 

@@ -67,14 +67,13 @@ def task(layout: str = "unrolled", **kwargs):
   return LanguageModel(Decoder(config, layout=layout), **kwargs)
 
 
-def config(work_dir, **kwargs):
+def config(work_dir, optimizer: str = "adamw", **kwargs):
   from jaxdec.training import OptimizerConfig, TrainerConfig
 
   settings = {"steps": STEPS, "checkpoint_every": 4, "log_every": 1, "progress": False, **kwargs}
-  optimizer = OptimizerConfig(name="muon", learning_rate=1e-2, warmup_steps=3)
-  return TrainerConfig(
-    work_dir=None if work_dir is None else str(work_dir), **{"optimizer": optimizer, **settings}
-  )
+  optimizer = OptimizerConfig(name=optimizer, learning_rate=1e-2, warmup_steps=3)
+  work_dir = None if work_dir is None else str(work_dir)
+  return TrainerConfig(work_dir=work_dir, optimizer=optimizer, **settings)
 
 
 def main():
@@ -86,7 +85,7 @@ def main():
   from jaxdec.training import Trainer
 
   data = Batches(kill_at=args.kill_at, pause=args.pause)
-  result = Trainer(task(), config(args.work_dir, progress=True), data=data).train()
+  result = Trainer(task(), config(args.work_dir, "muon", progress=True), data=data).train()
   print("interrupted" if result.interrupted else "finished", result.step, flush=True)
 
 
