@@ -17,7 +17,7 @@ from typing import Any
 from jaxdec.decoding import Generation, Sampler, generate
 from jaxdec.drafting.base import Drafter
 from jaxdec.errors import UserError
-from jaxdec.report import Column, Table, describe, numbered
+from jaxdec.report import Column, Table, describe
 from jaxdec.report.plots import benchmark as plot
 
 BASELINE = "autoregressive"
@@ -186,15 +186,18 @@ def table(rows: Sequence[dict[str, Any]], *, title: str = "", notes: Sequence[st
 
 def write(
   rows: Sequence[dict[str, Any]],
-  parent: str | Path,
+  folder: str | Path,
   *,
   title: str = "",
   command: str = "",
   notes: Sequence[str] = (),
   **extra: Any,
-) -> Path:
-  """Writes ``table.md``, ``results.json`` and ``plot.png`` into a new folder below ``parent``."""
-  folder = numbered(parent)
+) -> None:
+  """Writes ``table.md``, ``results.json`` and ``plot.png`` into an existing folder.
+
+  Take the folder from ``jaxdec.report.numbered``: files of these names are replaced.
+  """
+  folder = Path(folder)
   result = table(rows, title=title, notes=notes)
   machine = describe()
   where = (
@@ -208,4 +211,3 @@ def write(
   text = result.json(command=command, machine=machine, **extra)
   (folder / "results.json").write_text(text, encoding="utf-8")
   plot(rows, folder / "plot.png", title=title)
-  return folder

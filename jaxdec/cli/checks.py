@@ -20,7 +20,8 @@ MESH_AXES = ("data", "fsdp", "tensor", "seq")
 
 _AT_LEAST = {
   "max_new_tokens": 1, "steps": 1, "batch_size": 1, "seq_len": 2, "prompts": 1, "num_prompts": 1,
-  "repeats": 1, "draws": 1, "checkpoint_every": 1, "log_every": 1, "top_k": 1,
+  "repeats": 1, "draws": 100, "num_heads": 1, "tree_nodes": 2,
+  "checkpoint_every": 1, "log_every": 1, "top_k": 1,
 }  # fmt: skip
 
 

@@ -43,6 +43,10 @@ class Demo:
   """Prompts cut from test-split files."""
   max_new_tokens: int = 128
   """Tokens per prompt."""
+  repeats: int = 3
+  """Timed passes per drafter."""
+  steps: int | None = None
+  """Training steps of each drafter, instead of as many as the time allows."""
   seed: int = 0
   """Seed of training and sampling."""
 
@@ -85,6 +89,12 @@ class Distill:
   """Folder of the run, by default a new one below runs/; one that holds this run is resumed."""
   steps: int = 1000
   """Optimizer steps."""
+  num_heads: int = 4
+  """Draft depths that are trained."""
+  tree_nodes: int = 16
+  """Nodes of the draft tree that is chosen afterwards, root included."""
+  own_heads: bool = False
+  """An LM head of its own for each depth (medusa, hydra) instead of the target's."""
   batch_size: int = 8
   """Sequences per step."""
   seq_len: int = 256
@@ -97,8 +107,8 @@ class Distill:
   """Devices per axis, such as data=2,fsdp=2,tensor=2."""
   checkpoint_every: int = 500
   """Steps between checkpoints."""
-  log_every: int = 20
-  """Steps between lines of the metrics file."""
+  log_every: int | None = None
+  """Steps between reports; by default about twenty reports a run."""
   tensorboard: bool = False
   """Also write TensorBoard events."""
   seed: int = 0

@@ -70,7 +70,7 @@ def test_help_of_a_command(command):
     (["bench", "--drafters", "hydra,edusa"], ["did you mean 'medusa'?"]),
     (["bench", "--temperatures", "0", "-2"], ["temperature", "-2"]),
     (["bench", "--prompts", "none.jsonl"], ["'none.jsonl' does not exist"]),
-    (["verify", "--draws", "0"], ["--draws must be at least 1"]),
+    (["verify", "--draws", "0"], ["--draws must be at least 100, got 0"]),
     (["plot"], ["no run folder"]),
     (["plot", "no/run"], ["'no/run' does not exist"]),
     (["demo", "--minutes", "-1"], ["--minutes must be positive"]),

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One function a command: call the library, print. What is heavy is imported where it is used."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from jaxdec.cli import configs
+from jaxdec.cli.checks import mesh_axes, texts
+from jaxdec.errors import UserError
+
+
+def _console(stderr: bool = False):
+  from rich.console import Console
+
+  return Console(stderr=stderr, highlight=False)
+
+
+def _say(text: str) -> None:
+  print(text, file=sys.stderr, flush=True)
+
+
+def _load(model: str, dtype: str = "float32"):
+  import jaxdec
+
+  dtype = None if dtype == "auto" else dtype
+  return jaxdec.tiny(dtype=dtype) if model == "tiny" else jaxdec.load(model, dtype=dtype)
+
+
+def _sampler(config: configs.Sampling):
+  from jaxdec.decoding import Sampler
+
+  return Sampler(config.temperature, config.top_k, config.top_p, config.min_p)
+
+
+def _prompt_ids(lm: Any, path: str | None, count: int) -> list[list[int]]:
+  """Prompts of a file, or cut from test-split files of the standard library."""
+  if path is not None:
+    return [list(lm.tokenizer.encode(text)) for text in texts((), path)[:count]]
+  from jaxdec.data import cut_prompts, open_source
+
+  cut = cut_prompts(
+    open_source("python_stdlib", "test"), lm.tokenizer, count, min_tokens=64, max_tokens=64
+  )
+  return [list(prompt.tokens) for prompt in cut]
+
+
+def doctor(config: configs.Doctor) -> int:
+  from jaxdec import doctor as lib
+
+  findings = lib.examine()
+  if config.json:
+    print(json.dumps([dataclasses.asdict(f) for f in findings], indent=2))
+    return int(any(f.status == "fail" for f in findings))
+  return lib.report(findings, _console().print)
+
+
+def plot(config: configs.Plot) -> int:
+  from jaxdec.report.plots import curves
+
+  path = Path(config.output)
+  number = 1
+  while path.exists():
+    number += 1
+    path = Path(config.output).with_stem(f"{Path(config.output).stem}-{number}")
+  path.parent.mkdir(parents=True, exist_ok=True)
+  print(f"wrote {curves(config.runs, path)}")
+  return 0
+
+
+def generate(config: configs.Generate) -> int:
+  prompts = texts(config.prompt, config.prompts)
+  lm = _load(config.model, config.dtype)
+  options: dict[str, Any] = dict(
+    max_new_tokens=config.max_new_tokens, drafter=config.drafter, seed=config.seed,
+    temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p,
+  )  # fmt: skip
+  if config.stop:
+    options["stop"] = list(config.stop)
+  if config.stream:
+    if len(prompts) > 1:
+      raise UserError(f"--stream prints one text at a time, got {len(prompts)} prompts")
+
+    def show(piece: Any) -> None:
+      print(piece.text or "", end="", flush=True)
+
+    print(prompts[0], end="")
+    out = lm.generate(prompts, stream=show, **options)
+    print()
+  else:
+    out = lm.generate(prompts, **options)
+    for prompt, text in zip(prompts, out.text):
+      print(prompt + text)
+  if config.stats:
+    stats = out.stats
+    _say(
+      f"{stats.new_tokens} tokens, {stats.target_passes} target passes, "
+      f"{stats.tokens_per_step:.2f} tokens per step, {stats.tokens_per_second:.0f} tokens/s "
+      f"(compilation apart: {stats.compile_seconds:.1f} s)"
+    )
+  return 0
+
+
+def bench(config: configs.Bench) -> int:
+  from jaxdec import bench as lib
+  from jaxdec.report import numbered
+
+  lm = _load(config.model, config.dtype)
+  names = [name.strip() for name in config.drafters.split(",") if name.strip()]
+  arms = [_arm(lm, name) for name in names if name != "none"]
+  prompts = _prompt_ids(lm, config.prompts, config.num_prompts)
+  settings = lib.BenchConfig(
+    max_new_tokens=config.max_new_tokens, temperatures=config.temperatures, repeats=config.repeats,
+    batch_size=config.batch_size, seed=config.seed,
+  )  # fmt: skip
+  console = _console()
+  with console.status("starting") as status:
+    rows = lib.run(lm.model, lm.params, arms, prompts, settings, tick=status.update)
+  console.print(lib.table(rows).rich())
+  folder = numbered(config.output)
+  lib.write(rows, folder, title=f"{config.model}, batch {config.batch_size}",
+                     command=_command(), config=dataclasses.asdict(config))  # fmt: skip
+  print(f"wrote table.md, results.json and plot.png into {folder}")
+  return 0 if all(row["all_identical"] for row in rows) else 1
+
+
+def _arm(lm: Any, name: str):
+  from jaxdec.bench import Arm
+
+  drafter, params = lm.drafter(name)
+  return Arm(Path(name).name, drafter, params, warm_start=drafter.name == "token_recycling")
+
+
+def verify(config: configs.Verify) -> int:
+  from jaxdec import certify as lib
+  from jaxdec.report import numbered, plain
+
+  lm = _load(config.model, config.dtype)
+  drafter, params = lm.drafter(config.drafter)
+  prompts = _prompt_ids(lm, config.prompts, config.num_prompts)
+  settings = lib.CertifyConfig(
+    sampler=_sampler(config), max_new_tokens=config.max_new_tokens, draws=config.draws,
+    seed=config.seed,
+  )  # fmt: skip
+  console = _console()
+  with console.status("starting") as status:
+    out = lib.certify(lm.model, lm.params, drafter, params, prompts, settings, tick=status.update)
+  for line in lib.summary(out):
+    console.print(line, markup=False)
+  folder = numbered(config.output)
+  content = {"model": config.model, "drafter": config.drafter, "command": _command(), **out}
+  text = json.dumps(plain(content), indent=2, allow_nan=False) + "\n"
+  (folder / "certificate.json").write_text(text, encoding="utf-8")
+  print(f"wrote {folder / 'certificate.json'}")
+  return 0 if out["lossless"] else 1
+
+
+def demo(config: configs.Demo) -> int:
+  from jaxdec import demo as lib
+
+  settings = lib.DemoConfig(**dataclasses.asdict(config))
+  return lib.run(settings, _console(), command=_command())
+
+
+def distill(config: configs.Distill) -> int:
+  from jaxdec.cli.distilling import run
+
+  return run(config, mesh_axes(config.mesh), _load(config.model, config.dtype))
+
+
+def _command() -> str:
+  import shlex
+
+  return shlex.join(["jaxdec", *sys.argv[1:]])

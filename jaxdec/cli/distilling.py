@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``jaxdec distill``: options to a ``DistillConfig``, and a folder of its own for every run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jaxdec.cli import configs
+from jaxdec.errors import UserError
+
+
+def run(config: configs.Distill, mesh: dict[str, int], lm: Any) -> int:
+  """Trains, or resumes what ``work_dir`` holds; 0 also where it was stopped and saved."""
+  from jaxdec.distillation import distill
+
+  work_dir = config.work_dir or str(free_folder("runs", config.drafter))
+  print(f"run folder: {work_dir}", flush=True)
+  job = settings(config, mesh, work_dir)
+  done = distill(lm.model, lm.params, lm.tokenizer, job)
+  if done.drafter is not None:
+    print(
+      f"{config.drafter} trained in {done.seconds:.0f} s; use it with\n"
+      f"  jaxdec generate --model {config.model} --drafter {work_dir} --prompt ..."
+    )
+  return 0
+
+
+def settings(config: configs.Distill, mesh: dict[str, int], work_dir: str):
+  """The library's configuration."""
+  from jaxdec.distillation import DistillConfig
+  from jaxdec.training import MeshConfig, OptimizerConfig, TrainerConfig
+
+  options: dict[str, Any] = {"num_heads": config.num_heads}
+  if config.drafter == "eagle3":
+    if config.own_heads:
+      raise UserError("eagle3 has one head of its own anyway; leave --own-heads out")
+  else:
+    options["share_head"] = not config.own_heads
+  return DistillConfig(
+    drafter=config.drafter, options=options, data=config.data, batch_size=config.batch_size,
+    seq_len=config.seq_len, num_nodes=config.tree_nodes,
+    trainer=TrainerConfig(
+      work_dir=work_dir, steps=config.steps, seed=config.seed, mesh=MeshConfig(**mesh),
+      checkpoint_every=config.checkpoint_every, log_every=config.log_every,
+      tensorboard=config.tensorboard,
+      optimizer=OptimizerConfig(
+        learning_rate=config.learning_rate, warmup_steps=min(100, config.steps // 10),
+        weight_decay=0.0,
+      ),
+    ),
+  )  # fmt: skip
+
+
+def free_folder(parent: str, name: str) -> Path:
+  """The first of ``parent/name-001``, ``-002``, ... that doesn't exist; made here."""
+  number = 1
+  while True:
+    folder = Path(parent) / f"{name}-{number:03d}"
+    try:
+      folder.mkdir(parents=True)
+      return folder
+    except FileExistsError:
+      number += 1

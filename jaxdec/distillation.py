@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distilling a drafter from a decoder, start to finish: data, training, tree, files.
+
+The library call behind ``jaxdec distill``; the demo calls it twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxdec.data import Corpus, make_dataset, open_source, tokenize_documents
+from jaxdec.drafting.base import Params
+from jaxdec.drafting.checkpoint import KINDS
+from jaxdec.drafting.trained import TrainedDrafter
+from jaxdec.errors import UserError, nearest
+from jaxdec.training import Trainer, TrainerConfig
+from jaxdec.training.tasks.distill import Distill, finish
+from jaxdec.training.trainer import TrainResult
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+  """What is distilled, on what.
+
+  Attributes:
+    drafter: medusa, hydra, hydra++ or eagle3. options: fields of that drafter.
+    data: see ``jaxdec.data.open_source``.
+    batch_size, seq_len: of the training batches.
+    num_nodes: size of the static tree chosen from the measured accuracies, root included; a drafter
+      that grows its own dynamic tree keeps it.
+    eval_batches: held-out batches of every evaluation and of the tree's measurement.
+    trainer: steps, optimizer, mesh, folder.
+  """
+
+  drafter: str = "hydra"
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  data: str = "python_stdlib"
+  batch_size: int = 8
+  seq_len: int = 256
+  num_nodes: int = 16
+  eval_batches: int = 8
+  trainer: TrainerConfig = dataclasses.field(default_factory=TrainerConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class Distilled:
+  """A trained drafter (None where the run was interrupted), its parameters, and how it went."""
+
+  drafter: TrainedDrafter | None
+  params: Params
+  result: TrainResult
+  seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpora:
+  """Tokenised training and held-out text."""
+
+  train: Corpus
+  validation: Corpus
+
+
+def load_corpora(data: str, tokenizer: Any) -> Corpora:
+  """Both splits of a source, tokenised (and kept on disk for the next run)."""
+  return Corpora(*(tokenize_documents(open_source(data, s), tokenizer)
+                   for s in ("train", "validation")))  # fmt: skip
+
+
+def make_drafter(config: DistillConfig, target: Any) -> TrainedDrafter:
+  """The untrained drafter for the decoder configuration ``target``.
+
+  Raises:
+    UserError: unknown drafter, or an option it doesn't have.
+  """
+  if config.drafter not in KINDS:
+    raise UserError(
+      f"unknown drafter {config.drafter!r}{nearest(config.drafter, KINDS)}; distill one of "
+      f"{', '.join(KINDS)}"
+    )
+  kind = KINDS[config.drafter]
+  fields = [f.name for f in dataclasses.fields(kind)]
+  for name in config.options:
+    if name not in fields:
+      raise UserError(f"drafter {config.drafter!r} has no option {name!r}{nearest(name, fields)}")
+  return kind.for_target(target, **config.options)
+
+
+class _Watched:
+  """A data iterator that tells how many batches it gave; its state is the iterator's own."""
+
+  def __init__(self, data: Any, watch: Callable[[], None]):
+    self._data, self._watch = data, watch
+    self.get_state, self.set_state = data.get_state, data.set_state
+
+  def __iter__(self):
+    return self
+
+  def __next__(self):
+    self._watch()
+    return next(self._data)
+
+
+def make_trainer(
+  model: Any,
+  params: Any,
+  corpora: Corpora,
+  config: DistillConfig,
+  watch: Callable[[], None] = lambda: None,
+) -> tuple[Trainer, Distill]:
+  """The trainer and its task; nothing is compiled yet."""
+  task = Distill(make_drafter(config, model.config), model, params)
+  shape = {"batch_size": config.batch_size, "seq_len": config.seq_len}
+  trainer = Trainer(
+    task,
+    config.trainer,
+    data=_Watched(make_dataset(corpora.train, seed=config.trainer.seed, **shape), watch),
+    eval_data=functools.partial(held_out, corpora, config),
+    extra={"source": config.data, "corpus": corpora.train.fingerprint, **shape},
+  )
+  return trainer, task
+
+
+def held_out(corpora: Corpora, config: DistillConfig):
+  """The evaluation batches, the same ones every time."""
+  batches = make_dataset(
+    corpora.validation, batch_size=config.batch_size, seq_len=config.seq_len, shuffle=False,
+    num_epochs=1,
+  )  # fmt: skip
+  return itertools.islice(batches, config.eval_batches)
+
+
+def distill(
+  model: Any,
+  params: Any,
+  tokenizer: Any,
+  config: DistillConfig,
+  corpora: Corpora | None = None,
+  *,
+  watch: Callable[[], None] = lambda: None,
+) -> Distilled:
+  """Trains (or resumes) a drafter and saves it into ``config.trainer.work_dir``, if there is one.
+
+  The folder then works as ``generate(drafter=folder)``. The target's parameters don't change.
+
+  Args:
+    model, params: the target, in either layout.
+    tokenizer: the target's.
+    corpora: what ``load_corpora`` returned, for callers that train several drafters.
+    watch: called before every step.
+  """
+  begin = time.perf_counter()
+  corpora = load_corpora(config.data, tokenizer) if corpora is None else corpora
+  trainer, task = make_trainer(model, params, corpora, config, watch)
+  result = trainer.train()
+  if result.interrupted:
+    return Distilled(None, result.params, result, time.perf_counter() - begin)
+  facts = {
+    "data": config.data, "steps": result.step, "batch_size": config.batch_size,
+    "seq_len": config.seq_len,
+  }  # fmt: skip
+  drafter = finish(
+    task, result.params, held_out(corpora, config), config.trainer.work_dir,
+    num_nodes=config.num_nodes, extra=facts,
+  )  # fmt: skip
+  return Distilled(drafter, result.params, result, time.perf_counter() - begin)
+
+
+def seconds_per_step(model: Any, params: Any, corpora: Corpora, config: DistillConfig) -> float:
+  """How long one training step takes here, compilation apart: the better of two after a first."""
+  import jax
+
+  trainer, _ = make_trainer(model, params, corpora, config)
+  state, batches = trainer.init_state(), make_dataset(
+    corpora.train, batch_size=config.batch_size, seq_len=config.seq_len
+  )  # fmt: skip
+  frozen, batch = trainer.place_frozen(), next(batches)
+  step, best = trainer.compile(batch), float("inf")
+  for i in range(3):
+    begin = time.perf_counter()
+    with trainer._context():
+      state, metrics = step(state, frozen, trainer.place_batch(batch))
+    jax.block_until_ready((state, metrics))
+    if i:
+      best = min(best, time.perf_counter() - begin)
+  return best
