@@ -14,8 +14,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, Num
+from jaxtyping import Array, Float, Int, Key
 
+from jaxdec.drafting.selection import argmax
 from jaxdec.errors import UserError
 
 # Purposes of noise at one position. Tags sit far above any position, so no two keys coincide.
@@ -91,14 +92,20 @@ class Sampler:
     noise = gumbel(position_keys(keys, positions), logits.shape[-1])
     return argmax(self.process(logits) + noise)  # the normaliser would not move the argmax
 
+  def draw_independently(
+    self, logits: Float[Array, "B *T V"], keys: Key[Array, "B"], positions: Int[Array, "B *T"]
+  ) -> Int[Array, "B *T"]:
+    """``draw`` with the DRAFT noise of the position: what rule ``ratio`` needs of its drafts."""
+    if self.greedy:
+      return argmax(logits)
+    noise = gumbel(position_keys(keys, positions, DRAFT), logits.shape[-1])
+    return argmax(self.process(logits) + noise)
 
-def argmax(x: Num[Array, "... V"]) -> Int[Array, "..."]:
-  """Index of the maximum, the lowest where several are equal."""
-  top = jnp.max(x, axis=-1, keepdims=True)
-  index = jnp.arange(x.shape[-1], dtype=jnp.int32)
-  # Two plain reductions vectorise on every backend; XLA:CPU runs the (value, index) one of
-  # jnp.argmax element by element. A row of NaN (no maximum) gives the last index, not garbage.
-  return jnp.min(jnp.where(x == top, index, x.shape[-1] - 1), axis=-1)
+  def noise(self, keys: Key[Array, "B"], positions: Int[Array, "B *T"], size: int
+            ) -> Float[Array, "B *T V"]:
+    """The noise ``draw`` adds at ``positions``: a drafter that ranks its guesses with it agrees with
+    the target's draw more often, and the output doesn't depend on it."""
+    return gumbel(position_keys(keys, positions), size)
 
 
 def request_keys(seed: int | list[int], batch: int) -> Key[Array, "B"]:

@@ -28,10 +28,10 @@ from jaxdec.decoding.sampling import (
   ACCEPT,
   RESAMPLE,
   Sampler,
-  argmax,
   gumbel,
   position_keys,
 )
+from jaxdec.drafting.selection import argmax
 from jaxdec.drafting.tree import Tree
 from jaxdec.errors import UserError, nearest
 

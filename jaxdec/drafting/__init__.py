@@ -2,25 +2,33 @@
 """Who guesses: the drafter contract, draft trees, and the built-in drafters by name."""
 
 from jaxdec.drafting.base import Accepted, Context, Drafter, Prompt, Target, TargetOutput
+from jaxdec.drafting.draft_model import DraftModel
 from jaxdec.drafting.merge import merge_paths
 from jaxdec.drafting.prompt_lookup import PromptLookup
 from jaxdec.drafting.registry import get, names, register
+from jaxdec.drafting.selection import argmax, top_k
 from jaxdec.drafting.static_tree import StaticTree, expected_tokens, greedy_tree
+from jaxdec.drafting.token_recycling import TokenRecycling
 from jaxdec.drafting.tree import Tree, chain
 
 register("none", lambda: None)
+register("draft_model", DraftModel)
 register("prompt_lookup", PromptLookup)
+register("token_recycling", TokenRecycling)
 
 __all__ = [
   "Accepted",
   "Context",
+  "DraftModel",
   "Drafter",
   "Prompt",
   "PromptLookup",
   "StaticTree",
   "Target",
   "TargetOutput",
+  "TokenRecycling",
   "Tree",
+  "argmax",
   "chain",
   "expected_tokens",
   "get",
@@ -28,4 +36,5 @@ __all__ = [
   "merge_paths",
   "names",
   "register",
+  "top_k",
 ]

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxdec.models.decoder import Decoder, DecoderState
 
-CHUNKS = (16, 64, 256)  # each ladder step is one compilation; a prompt is padded to its chunk
+CHUNKS = (16, 64, 128, 256)  # each ladder step is one compilation; a prompt is padded to its chunk
 
 
 def choose_chunk(longest: int, limit: int | None = None) -> int:

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small decoder drafts for a large one (Leviathan et al., arXiv 2211.17192; Chen et al., 2302.01318).
+
+The draft model keeps its own state. What it read in vain is taken back: attention layers by setting
+``length`` (slots beyond it hold no meaning), recurrent layers by going on from the state before the
+drafts, which costs them a re-read of the accepted tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Int
+
+from jaxdec.drafting.base import Drafter
+from jaxdec.drafting.selection import argmax
+from jaxdec.drafting.tree import chain
+from jaxdec.errors import UserError
+from jaxdec.mixers.attention import AttentionConfig
+from jaxdec.models.prefill import padded, read_prompt
+
+_CHUNK = 64  # prompt tokens read per pass of the draft model
+
+
+@struct.dataclass
+class DraftModelState:
+  """State of the draft model. ``length``: tokens of the text it has read for good."""
+
+  decoder: Any
+  length: Int[Array, "B"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DraftModel(Drafter):
+  """A chain of ``num_drafts`` tokens from a decoder with the target's vocabulary.
+
+  Its parameters are ``drafter_params`` (the same layout as the target's: unrolled).
+
+  Attributes:
+    model: the draft ``Decoder``.
+    num_drafts: chain length (gamma).
+    draws: how drafts are made at temperature > 0. ``greedy``: the argmax. ``shared``: with the noise the
+      target will use at that position, which raises the match rate to at least (1-TV)/(1+TV)
+      (arXiv 2408.07978). ``sampled``: with noise of its own, and the law q is handed on: what
+      rule ``ratio`` needs.
+  """
+
+  model: Any
+  num_drafts: int = 4
+  draws: Literal["greedy", "shared", "sampled"] = "shared"
+
+  name: ClassVar[str] = "draft_model"
+  trained: ClassVar[bool] = True
+
+  def __post_init__(self):
+    if self.num_drafts < 1 or self.draws not in ("greedy", "shared", "sampled"):
+      raise UserError("draft_model needs num_drafts >= 1 and draws one of greedy, shared, sampled, got "
+                      f"{self.num_drafts} and {self.draws!r}")
+
+  @property
+  def vocab_size(self) -> int:
+    return self.model.config.vocab_size
+
+  @property
+  def num_nodes(self) -> int:
+    return self.num_drafts + 1
+
+  @property
+  def gives_draft_probs(self) -> bool:
+    return self.draws == "sampled"
+
+  @property
+  def _recurrent(self) -> bool:
+    return not all(isinstance(c.mixer, AttentionConfig) for c in self.model.config.layers)
+
+  def init_params(self, rng, target=None):
+    import flax.linen as nn
+
+    return nn.unbox(self.model.init(rng, jnp.zeros((1, 1), jnp.int32)))["params"]
+
+  def init_state(self, batch, capacity):
+    return DraftModelState(self.model.init_state(batch, padded(capacity, _CHUNK)), jnp.zeros(batch, jnp.int32))
+
+  def start(self, params, state, prompt, output, target):
+    batch, width = prompt.tokens.shape
+    room = padded(width, _CHUNK)
+    tokens = jnp.pad(prompt.tokens, ((0, 0), (0, room - width)))
+    decoder, *_ = read_prompt(self.model, params, self.model.init_state(batch, room), tokens,
+                              prompt.lengths, chunk=_CHUNK)
+    return DraftModelState(decoder, prompt.lengths)
+
+  def propose(self, params, state, context, rng):
+    sampler, keys = context.sampler, context.keys
+    apply = lambda *a, **k: self.model.apply({"params": params}, *a, method="extend", **k)  # noqa: E731
+
+    def draw(logits, position):
+      if sampler.greedy or self.draws == "greedy":
+        return argmax(logits), None
+      if self.draws == "shared":
+        return sampler.draw(logits, keys, position), None
+      law = sampler.log_probs(logits)
+      return sampler.draw_independently(logits, keys, position), jnp.exp(law)
+
+    # Catch up with the text, the root included.
+    window = self.num_drafts + 1 if self._recurrent else 2
+    at = state.length[:, None] + jnp.arange(window, dtype=jnp.int32)
+    read = at <= context.length[:, None]
+    tokens = jnp.take_along_axis(context.history, at, axis=1, mode="clip")
+    out = apply(tokens, state.decoder, jnp.where(read, at, -1), logits=False)
+    last = jnp.maximum(jnp.sum(read, axis=1) - 1, 0)
+    hidden = jnp.take_along_axis(out.hidden, last[:, None, None], axis=1)[:, 0]
+    logits = self.model.apply({"params": params}, hidden, method="unembed")
+    first, law = draw(logits, context.length + 1)
+
+    def extend(carry, i):
+      decoder, token = carry
+      position = context.length + i
+      out = apply(token[:, None], decoder, position[:, None])
+      token, law = draw(out.logits[:, 0], position + 1)
+      return (out.state, token), (token, law)
+
+    caught_up = out.state
+    (decoder, _), (rest, laws) = jax.lax.scan(
+      extend, (caught_up, first), jnp.arange(1, self.num_drafts, dtype=jnp.int32))
+    drafts = jnp.concatenate([first[:, None], rest.T], axis=1)
+    q = None
+    if law is not None:
+      q = jnp.concatenate([law[:, None], jnp.moveaxis(laws, 0, 1)], axis=1)
+    if self._recurrent:
+      state = DraftModelState(caught_up, jnp.maximum(context.length + 1, state.length))
+    else:
+      state = DraftModelState(decoder, state.length)
+    return chain(context.root, drafts, draft_probs=q), state
+
+  def observe(self, params, state, tree, accepted, output, context):
+    if self._recurrent:
+      return state
+    # It has read the root and all drafts but the last; of these the accepted ones stay read.
+    length = context.length + jnp.minimum(accepted.count, self.num_drafts)
+    layers = tuple(layer.replace(length=length) for layer in state.decoder.layers)
+    return DraftModelState(state.decoder.replace(layers=layers), length)
