@@ -187,28 +187,39 @@ class Attention(nn.Module):
     dtype = dtype or self.dtype
     return KVState(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
 
+  def _attend_state(self, q, k, v, state, positions, among):
+    """Queries at ``positions`` over (cache, new tokens); ``among [B,T,T]`` rules the new ones."""
+    c, capacity = self.config, state.k.shape[2]
+    slots = jnp.arange(capacity)[None]
+    cached = visible(positions, slots, c.window) & (slots < state.length[:, None])[:, None]
+    logits = jnp.concatenate([attention_logits(q, state.k, cached, c),
+                              attention_logits(q, k, among, c)], axis=-1)
+    probs = jax.nn.softmax(logits, axis=-1)
+    out = attention_values(probs[..., :capacity], state.v, q.shape[1])
+    return out + attention_values(probs[..., capacity:], v, q.shape[1])
+
   def extend(self, x, state, positions):
     q, k, v = self._project(x, positions)
-    k_all = write_rows(state.k, heads_first(k), state.length, axis=2)
-    v_all = write_rows(state.v, heads_first(v), state.length, axis=2)
-    slots = jnp.arange(k_all.shape[2])[None]
-    out = attend(q, k_all, v_all, visible(positions, slots, self.config.window), self.config)
+    k, v = (heads_first(y).astype(state.k.dtype) for y in (k, v))
+    index = jnp.arange(x.shape[1])[None]
+    among = visible(index, index, self.config.window)
+    out = self._attend_state(q, k, v, state, positions, among)
+    # The cache must be written after it was read, and the compiler must see that: where only the
+    # program's order says so it may write first, and then copies the whole cache (XLA:CPU: four
+    # times a layer and step; an optimization barrier is gone by then). Hence a start that depends
+    # on the output; 0 * x is not folded for floats.
+    start = state.length + (0 * out[:, 0, 0, 0]).astype(jnp.int32)
     added = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
-    return self._output(out, x), KVState(k_all, v_all, state.length + added)
+    state = KVState(write_rows(state.k, k, start, axis=2), write_rows(state.v, v, start, axis=2),
+                    state.length + added)
+    return self._output(out, x), state
 
   def verify(self, x, state, topology: Topology):
     positions = state.length[:, None] + topology.depth
     q, k, v = self._project(x, positions)
-    capacity = state.k.shape[2]
-    slots = jnp.arange(capacity)[None]
-    cached = visible(positions, slots, self.config.window) & (slots < state.length[:, None])[:, None]
-    nodes = topology.ancestors & visible(positions, positions, self.config.window)
-    k, v = (heads_first(x).astype(state.k.dtype) for x in (k, v))
-    logits = jnp.concatenate([attention_logits(q, state.k, cached, self.config),
-                              attention_logits(q, k, nodes, self.config)], axis=-1)
-    probs = jax.nn.softmax(logits, axis=-1)
-    out = attention_values(probs[..., :capacity], state.v, x.shape[1])
-    out = out + attention_values(probs[..., capacity:], v, x.shape[1])
+    k, v = (heads_first(y).astype(state.k.dtype) for y in (k, v))
+    among = topology.ancestors & visible(positions, positions, self.config.window)
+    out = self._attend_state(q, k, v, state, positions, among)
     return self._output(out, x), KVPending(k, v)
 
   def commit(self, state, pending, path, count):
