@@ -8,6 +8,7 @@ resumed computes the same bits as one that was not.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import signal
@@ -204,10 +205,8 @@ class Trainer:
       for name, value in batch.items()
     }
 
-  def _context(self):
+  def _context(self) -> contextlib.ExitStack:
     """The mesh and the logical rules, for every trace."""
-    import contextlib
-
     stack = contextlib.ExitStack()
     stack.enter_context(jax.set_mesh(self.mesh))
     stack.enter_context(nn.logical_axis_rules(self.rules.flax()))
@@ -482,13 +481,18 @@ class _Reports:
 
 
 class _Stop:
-  """Turns SIGTERM and the first Ctrl-C into a request to stop after the step under way."""
+  """Turns SIGTERM and the first Ctrl-C into a request to stop after the step under way.
+
+  With several processes, all must stop after the same step, so JAX's preemption service decides
+  (``jax.distributed.initialize`` has it listen for SIGTERM) and no handler is set here.
+  """
 
   def __enter__(self) -> _Stop:
     self._asked = False
     self._old = {}
     # Signal handlers belong to the main thread; elsewhere (a notebook's worker) none is set.
-    if threading.current_thread() is threading.main_thread():
+    main = threading.current_thread() is threading.main_thread()
+    if main and jax.process_count() == 1:
       for name in (signal.SIGTERM, signal.SIGINT):
         self._old[name] = signal.signal(name, self._ask)
     return self
@@ -500,15 +504,11 @@ class _Stop:
     self._asked = True
 
   def requested(self, step: int) -> bool:
-    """The same answer on every process: all must stop after the same step."""
+    """Whether to stop after ``step``; the same answer on every process."""
     if jax.process_count() == 1:
       return self._asked
     from jax.experimental import multihost_utils
 
-    return self._asked_anywhere(multihost_utils, step)
-
-  def _asked_anywhere(self, multihost_utils, step):
-    # Set up by the cluster's preemption notice; a plain SIGTERM reaches it the same way.
     return multihost_utils.reached_preemption_sync_point(step)
 
   def __exit__(self, *unused):

@@ -81,17 +81,12 @@ class LanguageModel(Task):
     mean = 1.0 / jnp.maximum(weight, 1.0)
     correct = (jnp.argmax(out.logits, axis=-1) == labels) * mask
     cross_entropy = jnp.sum(losses * mask) * mean
-    metrics = {
-      "cross_entropy": cross_entropy,
-      "accuracy": jnp.sum(correct) * mean,
-      "weight": weight,
-    }
-    loss = cross_entropy
-    if self.z_loss:
-      penalty = jnp.sum(jnp.square(normalizer) * mask) * mean
-      metrics["z_loss"] = penalty
-      loss = loss + self.z_loss * penalty
-    return loss, metrics
+    metrics = {"accuracy": jnp.sum(correct) * mean, "weight": weight}
+    if not self.z_loss:
+      return cross_entropy, metrics
+    penalty = jnp.sum(jnp.square(normalizer) * mask) * mean
+    metrics |= {"cross_entropy": cross_entropy, "z_loss": penalty}
+    return cross_entropy + self.z_loss * penalty, metrics
 
   def evaluate(self, params, frozen, batch, rng):
     metrics = super().evaluate(params, frozen, batch, rng)
@@ -102,10 +97,11 @@ class LanguageModel(Task):
     return metrics
 
   def summarize(self, metrics):
-    """Adds ``bits_per_byte = cross_entropy / (ln 2 * bytes per token)``."""
+    """Adds ``bits_per_byte = cross-entropy / (ln 2 * bytes per token)``."""
     size = metrics.get("bytes_per_token")
     if size:
-      bits = float(metrics["cross_entropy"]) / (math.log(2.0) * float(size))
+      nats = float(metrics.get("cross_entropy", metrics["loss"]))  # the loss, less any z-loss
+      bits = nats / (math.log(2.0) * float(size))
       metrics = {**metrics, "bits_per_byte": bits}
     return metrics
 
