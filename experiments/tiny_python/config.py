@@ -25,7 +25,7 @@ def trainer_config(work_dir: str | None) -> TrainerConfig:
   """Muon with a warm-up, a plateau and a linear fall over the last quarter."""
   return TrainerConfig(
     work_dir=work_dir,
-    steps=2400,
+    steps=1600,
     seed=0,
     optimizer=OptimizerConfig(
       name="muon", learning_rate=4e-3, schedule="wsd", warmup_steps=60, decay_fraction=0.25,
