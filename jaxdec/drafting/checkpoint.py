@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained drafter on disk: ``drafter.json`` (kind, configuration, target) and ``drafter.safetensors``.
+"""A trained drafter on disk: ``drafter.json`` (kind, settings, target), ``drafter.safetensors``.
 
 ``generate(drafter="folder")`` needs nothing else. The target is remembered by its sizes and a
 fingerprint of its weights, because a drafter for another model drafts nonsense without any error.
@@ -83,8 +83,9 @@ def from_config(config: Mapping[str, Any]) -> TrainedDrafter:
   config = dict(config)
   kind = config.pop("kind", None)
   if kind not in KINDS:
-    raise UserError(f"unknown drafter kind {kind!r}{nearest(str(kind), KINDS)}; "
-                    f"known: {', '.join(KINDS)}")
+    raise UserError(
+      f"unknown drafter kind {kind!r}{nearest(str(kind), KINDS)}; known: {', '.join(KINDS)}"
+    )
   fields = {f.name for f in dataclasses.fields(KINDS[kind])}
   for name in config:
     if name not in fields:
@@ -103,8 +104,13 @@ def from_config(config: Mapping[str, Any]) -> TrainedDrafter:
   return KINDS[kind](**{k: value(k, v) for k, v in config.items()})
 
 
-def save_drafter(folder: str | os.PathLike, drafter: TrainedDrafter, params: Params, target: Target,
-                 extra: Mapping[str, Any] | None = None) -> None:
+def save_drafter(
+  folder: str | os.PathLike,
+  drafter: TrainedDrafter,
+  params: Params,
+  target: Target,
+  extra: Mapping[str, Any] | None = None,
+) -> None:
   """Writes both files. A failure leaves what was there before intact.
 
   ``extra``: JSON-able facts worth keeping (measured accuracies, training data).
@@ -133,8 +139,9 @@ def save_drafter(folder: str | os.PathLike, drafter: TrainedDrafter, params: Par
     os.replace(path.with_suffix(path.suffix + ".tmp"), path)
 
 
-def load_drafter(folder: str | os.PathLike, target: Target | None = None, *, strict: bool = True
-                 ) -> tuple[TrainedDrafter, Params]:
+def load_drafter(
+  folder: str | os.PathLike, target: Target | None = None, *, strict: bool = True
+) -> tuple[TrainedDrafter, Params]:
   """Drafter and parameters (float32) of a folder written by ``save_drafter``.
 
   Args:
@@ -150,26 +157,34 @@ def load_drafter(folder: str | os.PathLike, target: Target | None = None, *, str
 
   folder = Path(folder)
   if not folder.is_dir():
-    raise UserError(f"drafter folder {str(folder)!r} does not exist; give the folder of a distilled "
-                    f"run or one of {', '.join(KINDS)}")
+    raise UserError(
+      f"drafter folder {str(folder)!r} does not exist; give the folder of a distilled "
+      f"run or one of {', '.join(KINDS)}"
+    )
   for name in (CONFIG_FILE, WEIGHTS_FILE):
     if not (folder / name).is_file():
-      raise UserError(f"{str(folder)!r} holds no {name}, so it is no finished drafter; "
-                      "distill one into it first")
+      raise UserError(
+        f"{str(folder)!r} holds no {name}, so it is no finished drafter; distill one into it first"
+      )
   try:
     config = json.loads((folder / CONFIG_FILE).read_text())
     described, made_for, checksum = config["drafter"], config["target"], config["weights_sha256"]
   except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-    raise UserError(f"{folder / CONFIG_FILE} is damaged ({error}); write the drafter again") from error
+    raise UserError(
+      f"{folder / CONFIG_FILE} is damaged ({error}); write the drafter again"
+    ) from error
   content = (folder / WEIGHTS_FILE).read_bytes()
   try:
     tensors = load(content)
   except SafetensorError as error:
-    raise UserError(f"{folder / WEIGHTS_FILE} is truncated or damaged ({error}); "
-                    "write the drafter again") from error
+    raise UserError(
+      f"{folder / WEIGHTS_FILE} is truncated or damaged ({error}); write the drafter again"
+    ) from error
   if hashlib.sha256(content).hexdigest() != checksum:
-    raise UserError(f"{folder / WEIGHTS_FILE} does not belong to its {CONFIG_FILE} (checksums differ); "
-                    "write the drafter again")
+    raise UserError(
+      f"{folder / WEIGHTS_FILE} does not belong to its {CONFIG_FILE} (checksums differ); "
+      "write the drafter again"
+    )
   drafter = from_config(described)
   if target is not None:
     check_target(drafter, made_for, target, str(folder), strict=strict)
@@ -178,21 +193,31 @@ def load_drafter(folder: str | os.PathLike, target: Target | None = None, *, str
   return drafter, _unflatten({name: jnp.asarray(x) for name, x in tensors.items()})
 
 
-def check_target(drafter: TrainedDrafter, made_for: Mapping[str, Any], target: Target, where: str, *,
-                 strict: bool = True) -> None:
+def check_target(
+  drafter: TrainedDrafter,
+  made_for: Mapping[str, Any],
+  target: Target,
+  where: str,
+  *,
+  strict: bool = True,
+) -> None:
   """Raises UserError, naming both sides, unless the drafter was made for ``target``."""
   given = fingerprint(target.model, target.params)
   names = {"vocab_size": "vocabulary", "dim": "width", "num_layers": "layers"}
-  wrong = [f"{names[k]} {made_for.get(k)} against {given[k]}" for k in names
-           if made_for.get(k) != given[k]]
+  wrong = [
+    f"{names[k]} {made_for.get(k)} against {given[k]}" for k in names if made_for.get(k) != given[k]
+  ]
   if wrong:
-    raise UserError(f"the {drafter.name} drafter in {where!r} was made for another target: "
-                    f"{', '.join(wrong)} in this model; distill one for this model")
+    raise UserError(
+      f"the {drafter.name} drafter in {where!r} was made for another target: "
+      f"{', '.join(wrong)} in this model; distill one for this model"
+    )
   if strict and made_for.get("weights") != given["weights"]:
     raise UserError(
       f"the {drafter.name} drafter in {where!r} was made for a target of the same sizes but other "
-      f"weights (fingerprint {made_for.get('weights')} against {given['weights']}); distill one for "
-      "this model, or load it with strict=False")
+      f"weights (fingerprint {made_for.get('weights')} against {given['weights']}); distill one "
+      "for this model, or load it with strict=False"
+    )
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:

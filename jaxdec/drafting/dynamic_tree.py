@@ -7,9 +7,9 @@ the ``num_nodes - 1`` best of all nodes seen are kept. ``expand_static`` grows a
 child ranks and feeds only nodes that have children. Shapes are static in both.
 
 A drafter takes part through one function,
-``step(carry, level, tokens [B,n], parents) -> (logits [B,n,V], carry)``: feed the ``n`` nodes of depth
-``level`` whose parents were fed as numbers ``parents`` (``[n]`` static or ``[B,n]``) of the level
-before; logits score their children. A drafter whose logits ignore the path (Medusa) returns
+``step(carry, level, tokens [B,n], parents) -> (logits [B,n,V], carry)``: feed the ``n`` nodes of
+depth ``level`` whose parents were fed as numbers ``parents`` (``[n]`` static or ``[B,n]``) of the
+level before; logits score their children. A drafter whose logits ignore the path (Medusa) returns
 ``[B,1,V]``.
 """
 
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxdec.drafting.losses import first_argmax
+from jaxdec.drafting.selection import argmax, top_k
 from jaxdec.drafting.static_tree import StaticTree
 from jaxdec.drafting.tree import Tree
 from jaxdec.errors import UserError
@@ -52,8 +52,8 @@ class DynamicTree:
     candidates = self.width + (self.max_depth - 1) * self.width**2
     if min(self.num_nodes - 1, self.max_depth, self.width) < 1 or self.num_nodes - 1 > candidates:
       raise UserError(
-        f"a dynamic tree of width {self.width} and depth {self.max_depth} has 1 to {candidates} drafts,"
-        f" got num_nodes={self.num_nodes}; use num_nodes from 2 to {candidates + 1}"
+        f"a dynamic tree of width {self.width} and depth {self.max_depth} has 1 to {candidates} "
+        f"drafts, got num_nodes={self.num_nodes}; use num_nodes from 2 to {candidates + 1}"
       )
 
 
@@ -68,8 +68,8 @@ def take_nodes(x: Float[Array, "B n ..."], parents: Any) -> Array:
 
 def _top(logits: Float[Array, "B n V"], k: int) -> tuple[Array, Array]:
   if k == 1:  # several times cheaper than a sort of the vocabulary
-    return jnp.max(logits, axis=-1, keepdims=True), first_argmax(logits)[..., None]
-  return jax.lax.top_k(logits, k)
+    return jnp.max(logits, axis=-1, keepdims=True), argmax(logits)[..., None]
+  return top_k(logits, k)
 
 
 def expand_static(
@@ -154,12 +154,13 @@ def expand_dynamic(
     size += k * k
   kept = jax.lax.top_k(jnp.concatenate(all_scores, axis=1), spec.num_nodes - 1)[1]
   kept = jnp.sort(kept, axis=1)  # creation order: parents before children
-  pick = lambda parts: jnp.take_along_axis(jnp.concatenate(parts, axis=1), kept, axis=1)
+
+  def pick(parts):
+    return jnp.take_along_axis(jnp.concatenate(parts, axis=1), kept, axis=1)
+
   above = pick(all_parents)
   # Slot of the parent: where its candidate number sits among the kept ones (none: the root).
-  parent = jnp.where(
-    above < 0, 0, 1 + jnp.argmax(above[:, :, None] == kept[:, None, :], axis=-1)
-  )
+  parent = jnp.where(above < 0, 0, 1 + jnp.argmax(above[:, :, None] == kept[:, None, :], axis=-1))
   zero = jnp.zeros((b, 1), jnp.int32)
   return Tree(
     tokens=jnp.concatenate([root[:, None], pick(all_tokens)], axis=1).astype(jnp.int32),

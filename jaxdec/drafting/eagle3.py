@@ -8,10 +8,10 @@ At slot t, with low, middle and high features of the target at t and the token t
   g' = g + Attn(c);   g'' = g' + MLP(RMS(g'))
   draft logits = W RMS(g'')                            for x_{t+2}; W is trained from scratch
 
-The next draft feeds ``g''`` (before the norm) in place of ``g`` with the drafted token. Training rolls
-this out ("training-time test"): step j = 0..K-1 at every slot reads ``x_{t+1+j}`` and step j-1's ``g''``, at
-position t + j, and attends to the step-0 keys up to t and to its own slot's keys of steps 1..j: what a
-draft sees at inference. Gradients flow through the whole rollout.
+The next draft feeds ``g''`` (before the norm) in place of ``g`` with the drafted token. Training
+rolls this out ("training-time test"): step j = 0..K-1 at every slot reads ``x_{t+1+j}`` and step
+j-1's ``g''``, at position t + j, and attends to the step-0 keys up to t and to its own slot's keys
+of steps 1..j: what a draft sees at inference. Gradients flow through the whole rollout.
 
 Drafted keys never enter the cache: after verification the accepted slots are read again with true
 features.
@@ -45,8 +45,8 @@ from jaxdec.models.decoder import MLP
 class DraftVocabulary:
   """A subset of the target's tokens the drafter may guess; hashable, so that it can be static.
 
-  Interchange form (EAGLE-3 checkpoints): ids ascend, ``d2t[i] = ids[i] - i`` is an offset, ``t2d`` marks the
-  kept tokens.
+  Interchange form (EAGLE-3 checkpoints): ids ascend, ``d2t[i] = ids[i] - i`` is an offset,
+  ``t2d`` marks the kept tokens.
   """
 
   def __init__(self, ids, vocab_size: int):
@@ -76,8 +76,11 @@ class DraftVocabulary:
     return self._hash
 
   def __eq__(self, other):
-    return isinstance(other, DraftVocabulary) and self.vocab_size == other.vocab_size and (
-      np.array_equal(self.ids, other.ids))
+    return (
+      isinstance(other, DraftVocabulary)
+      and self.vocab_size == other.vocab_size
+      and (np.array_equal(self.ids, other.ids))
+    )
 
   def __repr__(self):
     return f"DraftVocabulary({len(self.ids)} of {self.vocab_size})"
@@ -96,7 +99,8 @@ class EagleLayer(nn.Module):
   def setup(self):
     self.fuse = Dense(self.dim, (None, "embed"), dtype=self.dtype)
     self.embed_norm, self.state_norm, self.mlp_norm, self.out_norm = (
-      RMSNorm(self.norm) for _ in range(4))
+      RMSNorm(self.norm) for _ in range(4)
+    )
     self.attention = Attention(self.attention_config, self.dim, self.norm, self.dtype)
     self.mlp = MLP(MLPConfig(self.hidden_dim), self.dim, self.dtype)
     self.lm_head = Dense(self.draft_vocab, ("embed", "vocab"), dtype=self.dtype)
@@ -112,9 +116,15 @@ class EagleLayer(nn.Module):
     """Draft logits of states ``g''``, float32."""
     return self.lm_head(self.out_norm(g)).astype(jnp.float32)
 
-  def rollout(self, features: Float[Array, "B T 3D"], embedded: Float[Array, "B T D"], positions,
-              segment_ids, steps: int) -> list[Float[Array, "B T D"]]:
-    """``g''`` of every slot at every step; the last slots of step j have no token and are garbage."""
+  def rollout(
+    self,
+    features: Float[Array, "B T 3D"],
+    embedded: Float[Array, "B T D"],
+    positions,
+    segment_ids,
+    steps: int,
+  ) -> list[Float[Array, "B T D"]]:
+    """``g''`` of every slot at every step; the last slots of step j have no token: garbage."""
     config, t = self.attention_config, features.shape[1]
     g, index = self.fuse(features), jnp.arange(features.shape[1])[None]
     mask = visible(index, index, None) & (segment_ids[:, :, None] == segment_ids[:, None, :])
@@ -156,9 +166,16 @@ class EagleLayer(nn.Module):
     capacity = state.k.shape[1]
     cached = (jnp.arange(capacity) < state.length[:, None])[:, None]
     cached = jnp.broadcast_to(cached, (*g.shape[:2], capacity))
-    probs = jax.nn.softmax(jnp.concatenate([
-      attention_logits(q, state.k, cached, self.attention_config),
-      attention_logits(q, keys, ancestors, self.attention_config)], axis=-1), axis=-1)
+    probs = jax.nn.softmax(
+      jnp.concatenate(
+        [
+          attention_logits(q, state.k, cached, self.attention_config),
+          attention_logits(q, keys, ancestors, self.attention_config),
+        ],
+        axis=-1,
+      ),
+      axis=-1,
+    )
     out = attention_values(probs[..., :capacity], state.v)
     out = out + attention_values(probs[..., capacity:], values)
     return self._finish(g, self.attention._output(out, x)), keys, values
@@ -177,7 +194,7 @@ def _own_slot_logits(q, k, config):
 
 
 def _own_slot_values(probs, v):
-  b, t, kv, h = v.shape
+  b, t, _, h = v.shape
   out = jnp.einsum("bkgt,btkh->btkgh", probs.astype(v.dtype), v, preferred_element_type=jnp.float32)
   return out.reshape(b, t, -1, h)
 
@@ -226,8 +243,10 @@ class Eagle3(TrainedDrafter):
   def __post_init__(self):
     super().__post_init__()
     if self.vocabulary is not None and self.vocabulary.vocab_size != self.vocab_size:
-      raise UserError(f"the draft vocabulary is a subset of {self.vocabulary.vocab_size} tokens, but "
-                      f"the target has {self.vocab_size}")
+      raise UserError(
+        f"the draft vocabulary is a subset of {self.vocabulary.vocab_size} tokens, but "
+        f"the target has {self.vocab_size}"
+      )
 
   @property
   def capture(self) -> tuple[int, ...]:
@@ -244,8 +263,9 @@ class Eagle3(TrainedDrafter):
   @property
   def layer(self) -> EagleLayer:
     size = self.vocab_size if self.vocabulary is None else len(self.vocabulary.ids)
-    return EagleLayer(self.attention, self.dim, self.hidden_dim, size, NormConfig(self.eps),
-                      jnp.dtype(self.dtype))
+    return EagleLayer(
+      self.attention, self.dim, self.hidden_dim, size, NormConfig(self.eps), jnp.dtype(self.dtype)
+    )
 
   def init_boxed(self, rng: jax.Array, target: Target) -> Params:
     features = jnp.zeros((1, 2, len(self.capture) * self.dim), self.dtype)
@@ -264,8 +284,15 @@ class Eagle3(TrainedDrafter):
   def teacher_forced(self, params, target, output, batch, rng=None):
     features = jax.lax.stop_gradient(self._fused(output))
     tokens = jax.lax.stop_gradient(embed(target, batch["tokens"], self.dtype))
-    states = self._apply(params, features, tokens, batch["positions"], batch["segment_ids"],
-                         self.num_heads, method="rollout")
+    states = self._apply(
+      params,
+      features,
+      tokens,
+      batch["positions"],
+      batch["segment_ids"],
+      self.num_heads,
+      method="rollout",
+    )
     return [g[:, : -1 - k] for k, g in enumerate(states, 1)]
 
   def _restrict(self, labels, teacher, weights, best):
@@ -319,8 +346,16 @@ class Eagle3(TrainedDrafter):
       seen = jnp.concatenate([take_nodes(ancestors, parents), itself], axis=-1)
       positions = jnp.broadcast_to(state.cache.length[:, None] - 1 + level, (b, n))
       g, keys, values = self._apply(
-        params, take_nodes(g, parents), embed(context.target, tokens, self.dtype), positions,
-        state.cache, keys, values, seen, method="draft")
+        params,
+        take_nodes(g, parents),
+        embed(context.target, tokens, self.dtype),
+        positions,
+        state.cache,
+        keys,
+        values,
+        seen,
+        method="draft",
+      )
       # Nodes of later levels see this level through ``seen``; pad it to the keys held then.
       return self.head(params, context.target, level + 1, g), (g, keys, values, seen)
 

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hydra and Hydra++ (arXiv 2402.05109): Medusa heads that also read the tokens already drafted.
 
-Head k = 1..K at slot t reads ``x = [z_t ; E[x_{t+1}] ; ... ; E[x_{t+k}]]`` and guesses ``x_{t+1+k}``:
+Head k = 1..K at slot t reads ``x = [z_t ; E[x_{t+1}] ; ... ; E[x_{t+k}]]``, guesses ``x_{t+1+k}``:
 
   u = R x + r + SiLU(A x + b)              R [(k+1)D, D] learned, A zero at the start
   u <- u + SiLU(A' u + b')                 num_blocks - 1 times, zero at the start
   logits = u W_k + w_k                     W_k starts as the LM head
 
-Hydra: ``z_t = h_t``, the target's post-norm state. Hydra++: ``z = PrefixLayer(h)``, one more decoder layer
-over the target's states with its own cache, deeper heads, and the target's distributions as labels.
+Hydra: ``z_t = h_t``, the target's post-norm state. Hydra++: ``z = PrefixLayer(h)``, one more
+decoder layer over the target's states with its own cache, deeper heads, and the target's
+distributions as labels.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ class Hydra(TrainedDrafter):
   Attributes:
     num_blocks: n, MLP blocks per head, the dimension-reducing one included.
     share_head: all heads read the target's own LM head (frozen); see ``Medusa``.
-    init: ``identity`` starts ``R`` as ``[I | 0]``, so that every head starts as the LM head on ``z`` (a
-      Medusa head); ``fan_in`` draws it from ``U(+-1/sqrt(fan-in))`` as the paper's code does, and
-      needs many more steps.
+    init: ``identity`` starts ``R`` as ``[I | 0]``, so that every head starts as the LM head on
+      ``z`` (a Medusa head); ``fan_in`` draws it from ``U(+-1/sqrt(fan-in))`` as the paper's code
+      does, and needs many more steps.
     dropout: before each block and before the LM head, in training.
   """
 
@@ -80,7 +81,8 @@ class Hydra(TrainedDrafter):
       rows = width if i == 0 else self.dim
       params[f"block_{i}"] = {"kernel": jnp.zeros((rows, self.dim)), "bias": jnp.zeros(self.dim)}
     params = jax.tree.map(
-      lambda x: nn.LogicallyPartitioned(x, ("embed", None) if x.ndim == 2 else (None,)), params)
+      lambda x: nn.LogicallyPartitioned(x, ("embed", None) if x.ndim == 2 else (None,)), params
+    )
     if not self.share_head:
       kernel = lm_head_kernel(target)
       params["lm_head"] = {
@@ -96,8 +98,11 @@ class Hydra(TrainedDrafter):
     def affine(name, y):
       return y @ head[name]["kernel"].astype(y.dtype) + head[name]["bias"].astype(y.dtype)
 
-    keys = [None] * (self.num_blocks + 1) if rng is None else jax.random.split(
-      jax.random.fold_in(rng, depth), self.num_blocks + 1)
+    keys = (
+      [None] * (self.num_blocks + 1)
+      if rng is None
+      else jax.random.split(jax.random.fold_in(rng, depth), self.num_blocks + 1)
+    )
     x = _dropout(x, self.dropout, keys[0])
     x = affine("reduce", x) + jax.nn.silu(affine("block_0", x))
     for i in range(1, self.num_blocks):
@@ -218,7 +223,8 @@ class HydraPlusPlus(Hydra):
 
   def _prefix(self, params, hidden, batch):
     return self._layer.apply(
-      {"params": params["prefix"]}, hidden, batch["positions"], batch["segment_ids"])
+      {"params": params["prefix"]}, hidden, batch["positions"], batch["segment_ids"]
+    )
 
   def init_state(self, batch: int, capacity: int) -> PrefixState:
     mixer = build_mixer(self.attention, self.dim, parent=None)
@@ -230,8 +236,12 @@ class HydraPlusPlus(Hydra):
     index = jnp.arange(hidden.shape[1], dtype=jnp.int32)[None]
     positions = jnp.where(index < count[:, None], state.cache.length[:, None] + index, -1)
     z, cache = self._layer.apply(
-      {"params": params["prefix"]}, hidden.astype(self.dtype), state.cache, positions,
-      method="extend")
+      {"params": params["prefix"]},
+      hidden.astype(self.dtype),
+      state.cache,
+      positions,
+      method="extend",
+    )
     last = jnp.take_along_axis(z, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
     return PrefixState(jnp.where(count[:, None] > 0, last, state.hidden), cache)
 
@@ -247,8 +257,9 @@ def draft_attention(config: DecoderConfig) -> AttentionConfig:
   for layer in config.layers:
     if isinstance(layer.mixer, AttentionConfig):
       m = layer.mixer
-      return AttentionConfig(m.num_heads, m.num_kv_heads, m.head_dim,
-                             **({} if m.rope is None else {"rope": m.rope}))
+      return AttentionConfig(
+        m.num_heads, m.num_kv_heads, m.head_dim, **({} if m.rope is None else {"rope": m.rope})
+      )
   head_dim = min(64, config.dim)
   heads = max(1, config.dim // head_dim)
   return AttentionConfig(heads, heads, head_dim)

@@ -72,13 +72,6 @@ def _soft_cross_entropy_bwd(residuals, g):
 soft_cross_entropy.defvjp(_soft_cross_entropy_fwd, _soft_cross_entropy_bwd)
 
 
-def first_argmax(x: Float[Array, "... V"]) -> Int[Array, "..."]:
-  """Lowest index of the maximum, as two plain reductions: XLA:CPU runs ``jnp.argmax`` unvectorised."""
-  index = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
-  top = jnp.max(x, axis=-1, keepdims=True)
-  return jnp.min(jnp.where(x == top, index, x.shape[-1] - 1), axis=-1)
-
-
 def label_rank(logits: Float[Array, "... V"], labels: Int[Array, "..."]) -> Int[Array, "..."]:
   """How many tokens ``lax.top_k`` would put before the label (0: it is the argmax)."""
   value = jnp.take_along_axis(logits, labels[..., None], axis=-1)

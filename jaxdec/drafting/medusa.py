@@ -4,8 +4,9 @@
   u_k = h_t + SiLU(A_k h_t + b_k)          A_k, b_k zero at the start, so u_k = h_t
   logits_k = u_k W_k                       W_k starts as the LM head
 
-Head k = 1..K at slot t guesses ``x_{t+1+k}``; the LM head itself gives the root ``x_{t+1}``. No head sees
-another's guess, so all of them run at once and a tree of candidates is a choice of ranks per head.
+Head k = 1..K at slot t guesses ``x_{t+1+k}``; the LM head itself gives the root ``x_{t+1}``. No
+head sees another's guess, so all run at once and a tree of candidates is a choice of ranks per
+head.
 """
 
 from __future__ import annotations
@@ -57,8 +58,9 @@ class Medusa(TrainedDrafter):
     block = {"kernel": jnp.zeros((self.dim, self.dim)), "bias": jnp.zeros(self.dim)}
     params = {f"block_{i}": _box(block) for i in range(self.num_blocks)}
     if not self.share_head:
-      params["lm_head"] = {"kernel": nn.LogicallyPartitioned(lm_head_kernel(target),
-                                                             ("embed", "vocab"))}
+      params["lm_head"] = {
+        "kernel": nn.LogicallyPartitioned(lm_head_kernel(target), ("embed", "vocab"))
+      }
     return params
 
   def _residual(self, params, depth, x):

@@ -27,12 +27,12 @@ from jaxdec.drafting.base import Context, Drafter, DraftState, Params, Target, T
 from jaxdec.drafting.dynamic_tree import DynamicTree, Step, expand_dynamic, expand_static
 from jaxdec.drafting.losses import (
   cross_entropy,
-  first_argmax,
   label_rank,
   masked_mean,
   overlap,
   soft_cross_entropy,
 )
+from jaxdec.drafting.selection import argmax
 from jaxdec.drafting.static_tree import StaticTree
 from jaxdec.drafting.tree import Tree
 from jaxdec.errors import UserError
@@ -128,9 +128,7 @@ class TrainedDrafter(Drafter):
   @classmethod
   def for_target(cls, config: DecoderConfig, **options) -> TrainedDrafter:
     """A drafter that fits the decoder ``config``; ``options`` are its other fields."""
-    return cls(
-      dim=config.dim, vocab_size=config.vocab_size, logit_cap=config.logit_cap, **options
-    )
+    return cls(dim=config.dim, vocab_size=config.vocab_size, logit_cap=config.logit_cap, **options)
 
   @property
   def depth_limit(self) -> int:
@@ -162,13 +160,19 @@ class TrainedDrafter(Drafter):
 
   # Inference.
 
-  def propose(self, params: Params, state: DraftState, context: Context, rng: jax.Array
-              ) -> tuple[Tree, DraftState]:
+  def propose(
+    self, params: Params, state: DraftState, context: Context, rng: jax.Array
+  ) -> tuple[Tree, DraftState]:
     logits, carry = self.first(params, state, context)
     static = isinstance(self.shape, StaticTree)
     tree = (expand_static if static else expand_dynamic)(
-      self.step(params, state, context), carry, logits, context.root, self.shape,
-      perturb=self._noise(context), ids=self.draft_ids,
+      self.step(params, state, context),
+      carry,
+      logits,
+      context.root,
+      self.shape,
+      perturb=self._noise(context),
+      ids=self.draft_ids,
     )
     return tree, state
 
@@ -178,9 +182,10 @@ class TrainedDrafter(Drafter):
 
     def perturb(logits, level):
       # The children of a node of depth ``level`` stand at position length + level + 1.
-      noise = context.sampler.noise(context.keys, context.length + level + 1, self.vocab_size)
+      position = context.length + level + 1
+      noise = context.sampler.noise(context.keys, position, self.vocab_size)
       noise = noise if self.draft_ids is None else noise[:, self.draft_ids]
-      return context.sampler.log_probs(logits) + noise[:, None]
+      return context.sampler.process(logits) + noise[:, None]
 
     return perturb
 
@@ -202,10 +207,10 @@ class TrainedDrafter(Drafter):
       rng: dropout and the choice of slots; None: neither (evaluation).
 
     Returns:
-      The loss and, by depth, ``top1``, ``top5`` ``[K]`` (does the target's most likely token stand
-      first, among the first five), ``overlap`` ``[K]`` (``sum_v min(p, q)``), ``depth_loss`` ``[K]``; and
-      ``tokens_per_step`` = ``1 + sum_k prod_{i<=k} top1_i``, the length a chain would reach were the
-      depths independent (``tau_sim``); ``weight``, the number of labelled slots of depth 1.
+      The loss, and metrics by depth ``[K]``: ``depth_loss``; ``top1`` and ``top5`` (is the target's
+      most likely token the drafter's first, among its first five); ``overlap = sum_v min(p, q)``.
+      Also ``tokens_per_step = 1 + sum_k prod_{i<=k} top1_i`` (``tau_sim``), the mean length of a
+      chain were the depths independent, and ``weight``, the number of labelled slots of depth 1.
     """
     total, by_depth, weight = 0.0, {"depth_loss": [], "top1": [], "top5": [], "overlap": []}, None
     for item in self._depths(params, target, output, batch, rng):
@@ -219,8 +224,11 @@ class TrainedDrafter(Drafter):
       logits = jax.lax.stop_gradient(logits)
       rank = label_rank(logits, best)
       every = slice(None, None, OVERLAP_STRIDE)
-      shared = overlap(logits[:, every], teacher[:, every]) if mass is None else overlap(
-        logits[:, every], teacher[:, every], mass[:, every])
+      shared = (
+        overlap(logits[:, every], teacher[:, every])
+        if mass is None
+        else overlap(logits[:, every], teacher[:, every], mass[:, every])
+      )
       by_depth["depth_loss"].append(jax.lax.stop_gradient(mean))
       by_depth["top1"].append(masked_mean(rank == 0, weights))
       by_depth["top5"].append(masked_mean(rank < 5, weights))
@@ -247,8 +255,8 @@ class TrainedDrafter(Drafter):
     return jnp.stack(table), jnp.stack(counts)
 
   def _depths(self, params, target, output, batch, rng):
-    """Per depth: logits, labels, teacher logits, weights, the teacher's best token (all in the draft
-    vocabulary and on the slots in use) and the log-normaliser of the teacher's whole law."""
+    """Per depth: logits, labels, teacher logits, weights, the teacher's best token (all in the
+    draft vocabulary and on the slots in use), the log-normaliser of the teacher's whole law."""
     tokens = batch["tokens"]
     if tokens.shape[1] < self.num_heads + 2:
       raise UserError(
@@ -260,7 +268,7 @@ class TrainedDrafter(Drafter):
     dropout = slots_rng = None
     if rng is not None:
       dropout, slots_rng = jax.random.split(rng)
-    best_everywhere = first_argmax(output.logits)
+    best_everywhere = argmax(output.logits)
     for k, states in enumerate(self.teacher_forced(params, target, output, batch, dropout), 1):
       teacher = jax.lax.stop_gradient(output.logits[:, k:-1])
       labels, best = tokens[:, 1 + k :], best_everywhere[:, k:-1]
@@ -269,7 +277,8 @@ class TrainedDrafter(Drafter):
         count = max(1, round(self.loss_fraction * labels.shape[1]))
         slots = jax.random.permutation(jax.random.fold_in(slots_rng, k), labels.shape[1])[:count]
         states, teacher, labels, weights, best = (
-          x[:, slots] for x in (states, teacher, labels, weights, best))
+          x[:, slots] for x in (states, teacher, labels, weights, best)
+        )
       logits = self.head(params, target, k, states)
       yield (k, logits, *self._restrict(labels, teacher, weights, best))
 
@@ -281,8 +290,8 @@ class TrainedDrafter(Drafter):
 def label_weights(batch: Mapping[str, Array], depth: int, *, prefix: bool) -> Float[Array, "B _"]:
   """Which of the slots ``0..T-2-depth`` count at ``depth``, as 0.0 or 1.0.
 
-  Slot t needs ``x_{t+1+depth}`` in its own document and in the loss mask; with ``prefix`` also every
-  token between, which the drafter is fed.
+  Slot t needs ``x_{t+1+depth}`` in its own document and in the loss mask; with ``prefix`` also
+  every token between, which the drafter is fed.
   """
   segments, mask = batch["segment_ids"], batch["loss_mask"] > 0
   ok = (segments[:, : -1 - depth] == segments[:, 1 + depth :]) & (segments[:, : -1 - depth] > 0)
@@ -312,8 +321,9 @@ def soft_cap(logits: Float[Array, "... V"], cap: float | None) -> Float[Array, "
   return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
-def last_accepted(x: Float[Array, "B M ..."], path: Int[Array, "B P"], count: Int[Array, "B"]
-                  ) -> Array:
+def last_accepted(
+  x: Float[Array, "B M ..."], path: Int[Array, "B P"], count: Int[Array, "B"]
+) -> Array:
   """Row of ``x`` at the last node of the accepted path (row 0 of the path where count is 0)."""
   index = jnp.take_along_axis(path, jnp.maximum(count - 1, 0)[:, None], axis=1)
   return jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1)[:, 0]

@@ -21,19 +21,64 @@ VOCAB, DIM = 23, 32
 @functools.cache
 def target(vocab=VOCAB, dim=DIM, layers=3, seed=0, tied=False) -> Target:
   """A random decoder; its embeddings are scaled up so that tokens matter to what comes next."""
-  config = tiny_llama(vocab_size=vocab, dim=dim, num_layers=layers, num_heads=4, num_kv_heads=2,
-                      head_dim=8, hidden_dim=48, max_length=512, tie_embeddings=tied)
+  config = tiny_llama(
+    vocab_size=vocab,
+    dim=dim,
+    num_layers=layers,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    hidden_dim=48,
+    max_length=512,
+    tie_embeddings=tied,
+  )
   model = Decoder(config)
-  params = nn.unbox(model.init(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))["params"])
-  params = jax.tree.map(lambda x: x, params)
+  init = jax.jit(lambda rng: nn.unbox(model.init(rng, jnp.zeros((1, 4), jnp.int32))["params"]))
+  params = dict(init(jax.random.key(seed)))
   params["embed"] = jax.tree.map(lambda x: x * 50, params["embed"])
   return Target(model, params, None)
 
 
 def run(target: Target, batch, capture=()) -> TargetOutput:
-  out = target.model.apply({"params": target.params}, batch["tokens"], batch["positions"],
-                           batch["segment_ids"], capture=capture)
+  """The target over a whole batch."""
+  args = batch["tokens"], batch["positions"], batch["segment_ids"]
+  return _run(target.model, target.params, *args, capture)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def _run(model, params, tokens, positions, segment_ids, capture):
+  out = model.apply({"params": params}, tokens, positions, segment_ids, capture=capture)
   return TargetOutput(out.hidden, out.features, out.logits)
+
+
+def init(drafter, target: Target, seed=0):
+  return _init(drafter, target.model, target.params, jax.random.key(seed))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _init(drafter, model, params, rng):
+  return drafter.init_params(rng, Target(model, params, None))
+
+
+def logits_by_depth(drafter, params, target: Target, output: TargetOutput, batch):
+  """Teacher-forced logits of every depth, ``[B, T-1-k, V]``."""
+  return _logits(drafter, target.model, params, target.params, output, batch)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _logits(drafter, model, params, target_params, output, batch):
+  target = Target(model, target_params, None)
+  states = drafter.teacher_forced(params, target, output, batch)
+  return [drafter.head(params, target, k, x) for k, x in enumerate(states, 1)]
+
+
+def loss_of(drafter, params, target: Target, output: TargetOutput, batch, rng=None):
+  return _loss(drafter, target.model, params, target.params, output, batch, rng)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _loss(drafter, model, params, target_params, output, batch, rng):
+  return drafter.loss(params, Target(model, target_params, None), output, batch, rng)
 
 
 def batch_of(tokens, segment_ids=None, loss_mask=None):
@@ -46,8 +91,12 @@ def batch_of(tokens, segment_ids=None, loss_mask=None):
       if segments[row, t] == segments[row, t - 1]:
         positions[row, t] = positions[row, t - 1] + 1
   mask = segments > 0 if loss_mask is None else np.asarray(loss_mask)
-  return {"tokens": jnp.asarray(tokens), "segment_ids": jnp.asarray(segments),
-          "positions": jnp.asarray(positions), "loss_mask": jnp.asarray(mask, jnp.float32)}
+  return {
+    "tokens": jnp.asarray(tokens),
+    "segment_ids": jnp.asarray(segments),
+    "positions": jnp.asarray(positions),
+    "loss_mask": jnp.asarray(mask, jnp.float32),
+  }
 
 
 def random_batch(rng, rows=2, length=17, vocab=VOCAB):
@@ -71,7 +120,7 @@ def greedy_text(target: Target, prompt, length):
 
 def train(drafter, target: Target, batches, steps, learning_rate=1e-2, seed=0, schedule=True):
   """Adam on the drafter's loss; ``batches`` is one batch or a function of the step."""
-  params = drafter.init_params(jax.random.key(seed), target)
+  params = init(drafter, target, seed)
   rate = optax.cosine_decay_schedule(learning_rate, steps, 0.05) if schedule else learning_rate
   optimizer = optax.adam(rate)
   fixed = None if callable(batches) else batches
@@ -81,16 +130,15 @@ def train(drafter, target: Target, batches, steps, learning_rate=1e-2, seed=0, s
     def loss(params):
       return drafter.loss(params, target, output, batch, rng)
 
-    (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
     updates, state = optimizer.update(grads, state)
     return optax.apply_updates(params, updates), state, metrics
 
-  forward = jax.jit(lambda batch: run(target, batch, drafter.capture))
   state, output = optimizer.init(params), None
   for i in range(steps):
     batch = fixed if fixed is not None else batches(i)
     if output is None or fixed is None:
-      output = forward(batch)
+      output = run(target, batch, drafter.capture)
     params, state, metrics = step(params, state, batch, output, jax.random.key(i))
   return params, metrics
 
@@ -99,8 +147,10 @@ def randomized(params, seed=0, scale=0.3):
   """Parameters with every zero-initialised tensor made non-trivial."""
   leaves, tree = jax.tree.flatten(params)
   keys = jax.random.split(jax.random.key(seed), len(leaves))
-  return jax.tree.unflatten(tree, [x + scale * x.shape[0] ** -0.5 * jax.random.normal(k, x.shape)
-                                   for x, k in zip(leaves, keys)])
+  return jax.tree.unflatten(
+    tree,
+    [x + scale * x.shape[0] ** -0.5 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)],
+  )
 
 
 def replace(drafter, **fields):

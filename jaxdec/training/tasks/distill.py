@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drafter distillation: the frozen target runs in the same program, the drafter learns from it.
 
-The target's parameters are an argument of the compiled step (``frozen``), its output is cut off from
-differentiation, and gradients are taken with respect to the drafter alone, so no gradient of a
+The target's parameters are an argument of the compiled step (``frozen``), its output is cut off
+from differentiation, and gradients are taken with respect to the drafter alone, so no gradient of a
 target leaf is ever computed.
 """
 
@@ -18,13 +18,14 @@ import numpy as np
 
 from jaxdec.drafting.base import Params, Target, TargetOutput
 from jaxdec.drafting.checkpoint import fingerprint, save_drafter, to_config
+from jaxdec.drafting.dynamic_tree import DynamicTree
 from jaxdec.drafting.static_tree import expected_tokens, greedy_tree
 from jaxdec.drafting.trained import TrainedDrafter
 from jaxdec.training.task import Batch, Task
 
 
 class Distill(Task):
-  """Trains ``drafter`` for the decoder ``model`` (either layout) with parameters ``target_params``."""
+  """Trains ``drafter`` for the decoder ``model`` (either layout) and its ``target_params``."""
 
   def __init__(self, drafter: TrainedDrafter, model: Any, target_params: Params):
     self.drafter = drafter
@@ -43,8 +44,13 @@ class Distill(Task):
   def teacher(self, frozen: Params, batch: Batch) -> tuple[Target, TargetOutput]:
     """The target and what it computes on a batch, cut off from differentiation."""
     params = jax.lax.stop_gradient(nn.unbox(frozen["target"]))
-    out = self.model.apply({"params": params}, batch["tokens"], batch["positions"],
-                           batch["segment_ids"], capture=self.drafter.capture)
+    out = self.model.apply(
+      {"params": params},
+      batch["tokens"],
+      batch["positions"],
+      batch["segment_ids"],
+      capture=self.drafter.capture,
+    )
     output = jax.lax.stop_gradient(TargetOutput(out.hidden, out.features, out.logits))
     return Target(self.model, params, None), output
 
@@ -72,7 +78,7 @@ class Distill(Task):
 def measure_accuracy(task: Distill, params: Params, batches: Iterable[Batch]) -> np.ndarray:
   """Rank table ``[D, R]`` of a trained drafter over held-out batches.
 
-  Entry ``[k-1, r]``: how often the target's most likely token was the drafter's number r at depth k.
+  Entry ``[k-1, r]``: how often the target's best token was the drafter's number r at depth k.
   """
 
   @jax.jit
@@ -88,18 +94,25 @@ def measure_accuracy(task: Distill, params: Params, batches: Iterable[Batch]) ->
   return hits / np.maximum(counts, 1.0)[:, None]
 
 
-def finish(task: Distill, params: Params, batches: Iterable[Batch], folder: str | None = None, *,
-           num_nodes: int = 16, extra: Mapping[str, Any] | None = None) -> TrainedDrafter:
+def finish(
+  task: Distill,
+  params: Params,
+  batches: Iterable[Batch],
+  folder: str | None = None,
+  *,
+  num_nodes: int = 16,
+  extra: Mapping[str, Any] | None = None,
+) -> TrainedDrafter:
   """Measures the drafter on held-out batches, gives it the best static tree of ``num_nodes`` nodes,
   root included, and saves it to ``folder`` (if any). Returns the drafter with its tree."""
   accuracy = measure_accuracy(task, params, batches)
   tree = greedy_tree(np.clip(accuracy, 0.0, 1.0), num_nodes)
-  drafter = task.drafter
-  if tree.paths:  # a drafter that is never right keeps the tree it has
+  drafter, facts = task.drafter, {"accuracy": accuracy.round(6).tolist()}
+  # A drafter that grows its own trees keeps doing so; one that is never right has no best tree.
+  if tree.paths and not isinstance(drafter.tree, DynamicTree):
     drafter = dataclasses.replace(drafter, tree=tree)
+    facts["expected_tokens_per_step"] = expected_tokens(tree, accuracy)
   if folder is not None:
-    facts = {"accuracy": accuracy.round(6).tolist(),
-             "expected_tokens_per_step": expected_tokens(tree, accuracy)}
     target = Target(task.model, nn.unbox(task.frozen["target"]), None)
     save_drafter(folder, drafter, params, target, {**facts, **dict(extra or {})})
   return drafter
