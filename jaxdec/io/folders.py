@@ -64,6 +64,21 @@ class ModelFolder:
   generation: dict[str, Any]
   files: dict[str, File]
 
+  @property
+  def eos_ids(self) -> tuple[int, ...]:
+    """Ids that end a sequence, of both files."""
+    ids: list[int] = []
+    for source in (self.fields, self.generation):
+      value = source.get("eos_ids", source.get("eos_token_id"))
+      ids += value if isinstance(value, list) else [] if value is None else [value]
+    return tuple(dict.fromkeys(ids))
+
+  @property
+  def bos_id(self) -> int | None:
+    """The beginning-of-sequence id the files name."""
+    named = self.fields.get("bos_id", self.fields.get("bos_token_id"))
+    return self.generation.get("bos_token_id") if named is None else named
+
 
 def open_model(folder: str | os.PathLike) -> ModelFolder:
   """Checks path, ``config.json`` and the headers of the weight files.

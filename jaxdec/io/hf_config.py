@@ -363,6 +363,10 @@ def _rope(
   if missing:
     raise UserError(f"config.json: {where} of rope type {kind!r} lacks {missing[0]!r}.")
   fraction = source.get("partial_rotary_factor", fraction)
+  if fraction not in (None, 1.0) and "partial_rotary_factor" not in family.defaults:
+    raise UserError(
+      f"config.json: partial_rotary_factor={fraction} is not part of {family.architecture}."
+    )
   rope = dict(
     theta=float(source.get("rope_theta") or theta),
     kind=kind,

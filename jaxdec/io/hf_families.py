@@ -43,7 +43,6 @@ _SHARED = dict(
   rope_theta=10_000.0,
   rope_scaling=None,
   rope_parameters=None,
-  partial_rotary_factor=None,
 )
 _QWEN = dict(
   _SHARED,
@@ -142,6 +141,7 @@ FAMILIES: dict[str, Family] = {
       eos_token_id=32_000,
       sliding_window=None,
       original_max_position_embeddings=None,
+      partial_rotary_factor=None,
     ),
     fused=True,
     rope_kinds=("default",),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,8 @@ def load_checkpoint(
   dtype = parse_dtype(dtype)
   model = folder if isinstance(folder, ModelFolder) else open_model(folder)
   config = families.config_from_hf(model.fields)
-  eos = model.generation.get("eos_token_id")
-  eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
-  config = dataclasses.replace(config, eos_ids=tuple(dict.fromkeys((*config.eos_ids, *eos))))
+  eos = dict.fromkeys((*config.eos_ids, *model.eos_ids))  # the files' and the family's default
+  config = dataclasses.replace(config, eos_ids=tuple(eos))
   family = model.fields["model_type"]
   boxed = abstract_params(config)
   paths = _flatten(nn.unbox(boxed))
@@ -203,14 +203,15 @@ def save_checkpoint(
     folder: new, empty, or (with ``overwrite``) a folder that holds nothing but a model.
     params: either layout, boxed or not.
     tokenizer: a ``jaxdec.io.Tokenizer`` to write beside the weights.
-    family: ``model_type`` to write as (None: the configuration's own).
+    family: ``model_type`` to write as; None: the configuration's own, or ``jaxdec`` with a warning
+      where that can't express the decoder.
     max_shard_bytes: weights above it are split into several files.
 
   Raises:
-    UserError: the folder holds something else, or the family can't express the decoder.
+    UserError: the folder holds something else, or ``family`` can't express the decoder.
   """
   target = folders.check_target(folder, overwrite)
-  fields = families.config_to_hf(config, family)
+  fields = _fields(config, family)
   params = nn.unbox(params)
   if "stack" in params:
     params = unstack_layers(params, config)
@@ -230,6 +231,19 @@ def save_checkpoint(
     if tokenizer is not None:
       tokenizer.save(work)
   return target
+
+
+def _fields(config: DecoderConfig, family: str | None) -> dict[str, Any]:
+  try:
+    return families.config_to_hf(config, family)
+  except UserError as error:
+    if family is not None:
+      raise
+    # A save at the end of a long run must not fail for a name; say what it costs.
+    warnings.warn(
+      f"{error} Saved as model_type 'jaxdec', which transformers does not read.", stacklevel=3
+    )
+    return families.config_to_hf(config, "jaxdec")
 
 
 def _write_json(path: Path, value: dict) -> None:

@@ -3,7 +3,8 @@
 
 Layout: an 8-byte little-endian header length, a JSON header ``{name: {dtype, shape,
 data_offsets}}``, then the raw bytes. Reading maps the file, so a slice of a tensor touches only its
-own pages; the header alone tells which tensors a truncated file has lost. bfloat16 and float8 come from ml_dtypes.
+own pages; the header alone tells which tensors a truncated file has lost. bfloat16 and float8 come
+from ml_dtypes.
 """
 
 from __future__ import annotations

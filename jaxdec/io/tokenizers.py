@@ -151,7 +151,7 @@ def load_tokenizer(
   Args:
     folder: holds ``tokenizer.json``.
     model_vocab_size: V of the model it must fit.
-    eos_ids, bos_id: what the model's own files say; ``tokenizer_config.json`` adds to them.
+    eos_ids, bos_id: what the model's own files say; where they name no EOS, the tokenizer's own.
 
   Raises:
     UserError: no ``tokenizer.json``, an unreadable one, or more tokens than model embeddings.
@@ -183,7 +183,7 @@ def load_tokenizer(
   eos = list(eos_ids)
   eos_token = _token_text(config.get("eos_token"))
   eos_id = backend.token_to_id(eos_token) if eos_token else None
-  if eos_id is not None and eos_id not in eos:
+  if eos_id is not None and not eos:
     eos.append(eos_id)
   return Tokenizer(
     backend,
