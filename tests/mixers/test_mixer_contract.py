@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every mixer against the contract of ``jaxdec.mixers.base``; the checks: ``jaxdec.mixers.testing``."""
+"""Every mixer against the contract of ``jaxdec.mixers.base``; see ``jaxdec.mixers.testing``."""
 
 from __future__ import annotations
 
