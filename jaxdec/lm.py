@@ -159,7 +159,7 @@ class LM:
     return load_drafter(folder, Target(self.model, self.params, None))
 
   def save(self, folder: str | os.PathLike, **options: Any) -> Path:
-    """Writes the model in Hugging Face layout; see ``jaxdec.io.save_checkpoint`` for ``options``."""
+    """Writes the model in Hugging Face layout; ``options`` as in ``jaxdec.io.save_checkpoint``."""
     from jaxdec.io.huggingface import save_checkpoint
 
     options.setdefault("tokenizer", self.tokenizer)

@@ -3,7 +3,8 @@
 
 A family is data: its fields are in ``jaxdec.io.hf_families``, its tensor names in ``_LAYER`` and
 ``_TOP``. Decoders that no family can express (hybrids, linear attention) are written as
-``model_type`` ``jaxdec``: ``config.json`` then holds the configuration itself, and tensors carry their own paths.
+``model_type`` ``jaxdec``: ``config.json`` then holds the configuration itself, and
+tensors carry their own paths.
 """
 
 from __future__ import annotations
