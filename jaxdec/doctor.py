@@ -97,7 +97,7 @@ def _devices() -> Iterator[Finding]:
 
   try:
     devices = jax.devices()
-  except RuntimeError as error:
+  except Exception as error:  # RuntimeError, or AssertionError for a plugin that is missing
     wanted = os.environ.get("JAX_PLATFORMS")
     hint = f" (JAX_PLATFORMS={wanted}; unset it to fall back to the CPU)" if wanted else ""
     yield Finding("devices", "default backend", "fail", _reason(error) + hint)
@@ -146,7 +146,7 @@ def _kernels() -> Iterator[Finding]:
 
   try:
     device = jax.devices()[0]
-  except RuntimeError:
+  except Exception:
     yield Finding("kernels", "any", "fail", "no device to run on")
     return
   usable = implementations(device)
@@ -164,7 +164,7 @@ def _compiler() -> Iterator[Finding]:
 
   try:
     jax.devices()
-  except RuntimeError:
+  except Exception:
     yield Finding("compiler", "smoke test", "fail", "no device to compile for")
     return
   x = np.linspace(-1, 1, 64 * 32, dtype=np.float32).reshape(64, 32)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import flax.linen as nn
@@ -13,8 +14,8 @@ import numpy as np
 import pytest
 
 from jaxdec import certify as lib
-from jaxdec.decoding import Sampler, TypicalLossy
-from jaxdec.drafting import Drafter, PromptLookup, chain
+from jaxdec.decoding import Match, Sampler, TypicalLossy
+from jaxdec.drafting import Drafter, chain
 from jaxdec.errors import UserError
 from jaxdec.models import Decoder, tiny_llama
 from jaxdec.report import plain
@@ -88,16 +89,6 @@ def test_exact_laws_are_the_targets(target):
 CONFIG = lib.CertifyConfig(max_new_tokens=16, draws=1024, depth=3, batch_size=256)
 
 
-def test_lossless(target):
-  out = lib.certify(*target, PromptLookup(), {}, PROMPTS, CONFIG)
-  assert out["lossless"] and out["reasons"] == []
-  assert out["greedy"]["identical"] == out["sampled"]["identical"] == 3
-  assert out["distribution"]["accepted"] and out["control"]["rejected"]
-  assert out["distribution"]["contexts"] > 5
-  assert out["greedy"]["gaps"]["positions"] == 48
-  json.dumps(plain(out), allow_nan=False)
-
-
 @dataclasses.dataclass(frozen=True)
 class Constant(Drafter):
   """Drafts the same token twice."""
@@ -114,6 +105,19 @@ class Constant(Drafter):
     return chain(context.root, drafts), state
 
 
+def test_lossless(target):
+  out = lib.certify(*target, Constant(), {}, PROMPTS, CONFIG)
+  assert out["lossless"] and out["reasons"] == []
+  assert out["greedy"]["identical"] == out["sampled"]["identical"] == 3
+  assert out["distribution"]["accepted"] and out["control"]["rejected"]
+  assert out["distribution"]["contexts"] > 5
+  assert out["greedy"]["gaps"]["positions"] == 48
+  json.dumps(plain(out), allow_nan=False)
+  text = lib.summary(out)
+  assert text[0] == "greedy: 3 of 3 outputs identical to plain decoding"
+  assert text[-1] == "verdict (float32, rule match): lossless"
+
+
 def test_a_rule_that_keeps_any_possible_draft_is_refused_by_the_distribution(target):
   """The negative control of the whole certificate: a real, biased acceptance rule."""
   config = dataclasses.replace(CONFIG, rule=TypicalLossy(epsilon=0.0, sample_next=True))
@@ -121,8 +125,6 @@ def test_a_rule_that_keeps_any_possible_draft_is_refused_by_the_distribution(tar
   assert not out["lossless"]
   assert out["distribution"]["p_value"] < 1e-10
   assert any(reason.startswith("distribution: p =") for reason in out["reasons"])
-  # the same drafter under the exact rule passes
-  assert lib.certify(*target, Constant(), {}, PROMPTS, CONFIG)["lossless"]
 
 
 def test_tampered_tokens_are_found(target, monkeypatch):
@@ -137,30 +139,44 @@ def test_tampered_tokens_are_found(target, monkeypatch):
 
   monkeypatch.setattr(lib, "generate", tampering)
   config = dataclasses.replace(CONFIG, sampler=Sampler())
-  out = lib.certify(*target, PromptLookup(), {}, PROMPTS, config)
+  out = lib.certify(*target, Constant(), {}, PROMPTS, config)
   assert not out["lossless"] and "distribution" not in out
   assert "3 of 3 outputs differ" in out["reasons"][0]
   assert "below the best score" in out["reasons"][1]
   assert [d["position"] for d in out["greedy"]["differences"]] == [15, 15, 15]
 
 
-def test_no_power_is_said(target):
-  config = dataclasses.replace(CONFIG, draws=100, batch_size=50, sampler=Sampler(temperature=1e-3))
-  out = lib.certify(*target, PromptLookup(), {}, PROMPTS, config)
-  assert not out["lossless"] and "no power" in out["reasons"][0]
+def test_no_power_is_said():
+  certain = {(): np.array([100, 0, 0])}
+  law = {(): np.array([1.0, 0.0, 0.0])}
+  test = dataclasses.asdict(lib.chi_square(certain, law))
+  out = {
+    "distribution": {**test, "accepted": True},
+    "control": {**test, "rejected": False, "law": "temperature 1.3"},
+  }
+  (reason,) = lib._reasons(out, Match(), low=False)
+  assert "no power" in reason
 
 
 def test_bfloat16_is_judged_by_gaps(target):
   model, params = target
   low = Decoder(model.config, dtype=jnp.bfloat16)
-  out = lib.certify(low, params, PromptLookup(), {}, PROMPTS, CONFIG)
-  assert out["dtype"] == "bfloat16" and out["lossless"], out["reasons"]
-  allowed = out["sampled"]["gaps"]["allowed"]
-  assert 1e-3 < allowed < 1 and out["sampled"]["gaps"]["largest"] <= allowed
+  decode = functools.partial(
+    lib.generate, low, params, stop=None, drafter=Constant(), drafter_params={}, rule=Match()
+  )
+  part = lib.equality(low, params, decode, PROMPTS[:2], CONFIG.sampler, CONFIG, pathwise=True)
+  gaps = part["gaps"]
+  assert 1e-3 < gaps["allowed"] < 1 and gaps["largest"] <= gaps["allowed"]
+  assert gaps["positions"] == 32 and gaps["beyond_allowed"] == 0
+  # a difference is no reason in low precision, a gap beyond rounding is
+  part["identical"] = 0
+  assert lib._reasons({"sampled": part}, Match(), low=True) == []
+  gaps["beyond_allowed"] = 1
+  assert len(lib._reasons({"sampled": part}, Match(), low=True)) == 1
 
 
 def test_mistakes(target):
   with pytest.raises(UserError, match="at least one prompt"):
-    lib.certify(*target, PromptLookup(), {}, [])
+    lib.certify(*target, Constant(), {}, [])
   with pytest.raises(UserError, match="at least 100 draws"):
     lib.certify(*target, None, {}, PROMPTS, lib.CertifyConfig(draws=5))

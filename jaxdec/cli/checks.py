@@ -52,6 +52,9 @@ def check(config: Any) -> None:
     folder = model_folder(fields["model"])
     if prompts:
       prompts_fit(folder, prompts, fields.get("max_new_tokens", 1))
+    if "work_dir" not in fields:
+      for name in (fields.get("drafters") or fields.get("drafter") or "").split(","):
+        drafter_fits(name.strip(), folder)
 
 
 def _numbers(fields: dict[str, Any]) -> None:
@@ -135,7 +138,10 @@ def prompts_fit(folder: Path, prompts: list[str], new: int = 1) -> None:
 
 def drafter_name(name: str) -> None:
   """Raises unless ``name`` is a drafter, or a folder (which only the library can judge fully)."""
-  if not name or name in ("none", *UNTRAINED, *TRAINED) or Path(name).is_dir():
+  if not name or name in ("none", *UNTRAINED, *TRAINED):
+    return
+  if Path(name).is_dir():
+    _drafter_folder(Path(name))
     return
   if "/" in name or Path(name).exists():
     raise UserError(f"drafter folder {name!r} does not exist; give the folder of a distilled run")
@@ -144,6 +150,46 @@ def drafter_name(name: str) -> None:
     f"unknown drafter {name!r}{nearest(name, known)}; give one of {', '.join(known)}, or the "
     "folder of a distilled run or of a small model"
   )
+
+
+def _drafter_folder(folder: Path) -> None:
+  """A run that hasn't finished has a configuration and no drafter yet."""
+  run = (folder / "metrics.jsonl").is_file() or (folder / "checkpoints").is_dir()
+  if run and not (folder / "drafter.json").is_file():
+    raise UserError(
+      f"{str(folder)!r} holds a run that has not finished; the command that began it resumes it"
+    )
+  if not any((folder / name).is_file() for name in ("drafter.json", "config.json")):
+    raise UserError(
+      f"{str(folder)!r} holds no drafter (no drafter.json); give the folder of a distilled run or "
+      "of a small model"
+    )
+
+
+def drafter_fits(name: str, folder: Path) -> None:
+  """Raises where a distilled drafter was made for a model of other sizes.
+
+  The weights are compared by the library; sizes alone tell most mix-ups apart without reading them.
+  """
+  from jaxdec.io import folders
+
+  path = Path(name) / "drafter.json"
+  fields = folders.read_json(folder / "config.json")
+  if not path.is_file() or fields.get("model_type") == "jaxdec":
+    return
+  made_for = folders.read_json(path).get("target", {})
+  here = {"vocab_size": "vocab_size", "dim": "hidden_size", "num_layers": "num_hidden_layers"}
+  words = {"vocab_size": "vocabulary", "dim": "width", "num_layers": "layers"}
+  wrong = [
+    f"{words[key]} {made_for.get(key)} against {fields[field]}"
+    for key, field in here.items()
+    if made_for.get(key) != fields[field]
+  ]
+  if wrong:
+    raise UserError(
+      f"the drafter in {name!r} was made for another target: {', '.join(wrong)} in this model; "
+      "distill one for this model"
+    )
 
 
 def _trainable(name: str) -> None:

@@ -24,11 +24,13 @@ def _say(text: str) -> None:
   print(text, file=sys.stderr, flush=True)
 
 
-def _load(model: str, dtype: str = "float32"):
-  import jaxdec
+def _load(model: str, dtype: str = "float32", mesh: Any = None):
+  from jaxdec import lm
 
   dtype = None if dtype == "auto" else dtype
-  return jaxdec.tiny(dtype=dtype) if model == "tiny" else jaxdec.load(model, dtype=dtype)
+  if mesh is None and model == "tiny":
+    return lm.tiny(dtype)
+  return lm.load(lm.TINY if model == "tiny" else model, dtype, mesh)
 
 
 def _sampler(config: configs.Sampling):
@@ -168,8 +170,10 @@ def demo(config: configs.Demo) -> int:
 
 def distill(config: configs.Distill) -> int:
   from jaxdec.cli.distilling import run
+  from jaxdec.parallel import make_mesh
 
-  return run(config, mesh_axes(config.mesh), _load(config.model, config.dtype))
+  axes = mesh_axes(config.mesh)
+  return run(config, axes, _load(config.model, config.dtype, make_mesh(**axes)))
 
 
 def _command() -> str:

@@ -9,6 +9,8 @@ import os
 import subprocess
 import sys
 
+PLATFORM = "cpu"
+
 # Prints, as the last line of stdout, which packages the command had loaded when it ended.
 _DRIVER = """
 import json, sys
@@ -34,7 +36,7 @@ class Outcome:
 
 
 def run_jaxdec(*args: str, cwd=None, timeout: float = 120) -> Outcome:
-  env = {**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "100"}
+  env = {**os.environ, "JAX_PLATFORMS": PLATFORM, "COLUMNS": "100"}
   done = subprocess.run(
     [sys.executable, "-c", _DRIVER, *args],
     capture_output=True, text=True, cwd=cwd, env=env, timeout=timeout,
