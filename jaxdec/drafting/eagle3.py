@@ -35,7 +35,7 @@ from jaxdec.drafting.hydra import draft_attention
 from jaxdec.drafting.trained import TrainedDrafter, embed, soft_cap
 from jaxdec.errors import UserError
 from jaxdec.mixers import Attention, AttentionConfig, NormConfig
-from jaxdec.mixers.attention import attention_logits, attention_values, visible
+from jaxdec.mixers.attention import attention_logits, attention_values, heads_first, visible
 from jaxdec.mixers.base import gather_nodes
 from jaxdec.mixers.norms import Dense, RMSNorm
 from jaxdec.models.config import DecoderConfig, MLPConfig
@@ -134,14 +134,14 @@ class EagleLayer(nn.Module):
       x = self._input(shifted, g)
       q, k, v = self.attention._project(x, positions + j)
       if j == 0:
-        keys, values = k, v
+        keys, values = heads_first(k), heads_first(v)
       else:
         own_keys.append(k)
         own_values.append(v)
       logits = [attention_logits(q, keys, mask, config)]
-      logits += [_own_slot_logits(q, k, config)[..., None] for k in own_keys]
+      logits += [_own_slot_logits(q, k, config) for k in own_keys]
       probs = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1)
-      out = attention_values(probs[..., :t], values)
+      out = attention_values(probs[..., :t], values, t)
       for i, own in enumerate(own_values):
         out = out + _own_slot_values(probs[..., t + i], own)
       g = self._finish(g, self.attention._output(out, x))
@@ -155,29 +155,15 @@ class EagleLayer(nn.Module):
     return self._finish(g, attended), state
 
   def draft(self, g, embedded, positions, state, keys, values, ancestors):
-    """Feeds ``n`` drafted nodes after the ``m`` fed before (``keys``, ``values [B,m,K,H]``).
+    """Feeds ``n`` drafted nodes after the ``m`` fed before (``keys``, ``values [B,K,m,H]``).
 
     ``ancestors [B,n,m+n]``: which drafted nodes each sees, itself included.
     """
     x = self._input(embedded, g)
     q, k, v = self.attention._project(x, positions)
-    keys = jnp.concatenate([keys, k.astype(keys.dtype)], axis=1)
-    values = jnp.concatenate([values, v.astype(values.dtype)], axis=1)
-    capacity = state.k.shape[1]
-    cached = (jnp.arange(capacity) < state.length[:, None])[:, None]
-    cached = jnp.broadcast_to(cached, (*g.shape[:2], capacity))
-    probs = jax.nn.softmax(
-      jnp.concatenate(
-        [
-          attention_logits(q, state.k, cached, self.attention_config),
-          attention_logits(q, keys, ancestors, self.attention_config),
-        ],
-        axis=-1,
-      ),
-      axis=-1,
-    )
-    out = attention_values(probs[..., :capacity], state.v)
-    out = out + attention_values(probs[..., capacity:], values)
+    keys = jnp.concatenate([keys, heads_first(k).astype(keys.dtype)], axis=2)
+    values = jnp.concatenate([values, heads_first(v).astype(values.dtype)], axis=2)
+    out = self.attention._attend_state(q, keys, values, state, positions, ancestors)
     return self._finish(g, self.attention._output(out, x)), keys, values
 
   def __call__(self, features, embedded, positions, segment_ids):
@@ -185,17 +171,23 @@ class EagleLayer(nn.Module):
     return self.logits(self.rollout(features, embedded, positions, segment_ids, 1)[0])
 
 
-def _own_slot_logits(q, k, config):
-  """``q_t . k_t`` per head: ``[B,K,G,T]``."""
-  b, t, n, h = q.shape
+def _own_slot_logits(
+  q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], config: AttentionConfig
+) -> Float[Array, "B K R 1"]:
+  """``q_t . k_t``, rows folded as ``attention_logits`` folds them."""
+  b, t, _, h = q.shape
   scale = config.scale if config.scale is not None else h**-0.5
-  q = q.reshape(b, t, k.shape[2], n // k.shape[2], h)
-  return jnp.einsum("btkgh,btkh->bkgt", q, k, preferred_element_type=jnp.float32) * scale
+  q = q.reshape(b, t, k.shape[2], -1, h)
+  logits = jnp.einsum("btkgh,btkh->bkgt", q, k, preferred_element_type=jnp.float32) * scale
+  return logits.reshape(b, k.shape[2], -1, 1)
 
 
-def _own_slot_values(probs, v):
-  b, t, _, h = v.shape
-  out = jnp.einsum("bkgt,btkh->btkgh", probs.astype(v.dtype), v, preferred_element_type=jnp.float32)
+def _own_slot_values(
+  probs: Float[Array, "B K R"], v: Float[Array, "B T K H"]
+) -> Float[Array, "B T N H"]:
+  b, t, kv, h = v.shape
+  probs = probs.reshape(b, kv, -1, t).astype(v.dtype)
+  out = jnp.einsum("bkgt,btkh->btkgh", probs, v, preferred_element_type=jnp.float32)
   return out.reshape(b, t, -1, h)
 
 
@@ -335,7 +327,7 @@ class Eagle3(TrainedDrafter):
   def first(self, params, state, context: Context):
     logits = self.head(params, context.target, 1, state.last[:, None])[:, 0]
     b, c = state.last.shape[0], self.attention
-    empty = jnp.zeros((b, 0, c.num_kv_heads, c.head_dim), state.cache.k.dtype)
+    empty = jnp.zeros((b, c.num_kv_heads, 0, c.head_dim), state.cache.k.dtype)
     return logits, (state.last[:, None], empty, empty, jnp.zeros((b, 1, 0), bool))
 
   def step(self, params, state, context: Context):

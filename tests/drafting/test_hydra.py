@@ -15,6 +15,7 @@ from toy_target import (
   init,
   logits_by_depth,
   loss_of,
+  overfit_batch,
   random_batch,
   randomized,
   run,
@@ -146,7 +147,7 @@ def test_only_nodes_with_children_are_fed_one_call_a_level():
 def test_prefix_cache_reads_accepted_nodes_only():
   """State after observe equals a fresh start on the committed text; finished rows stay."""
   t, drafter, params = random_drafter(HydraPlusPlus)
-  batch, prompt, state, context = prompt_and_state(t, drafter, params, [9, 6])
+  batch, _, state, context = prompt_and_state(t, drafter, params, [9, 6])
   nodes = 5
   path = jnp.asarray([[0, 2, 4], [0, 1, 1]])
   count = jnp.asarray([3, 0])
@@ -168,10 +169,10 @@ def test_prefix_cache_reads_accepted_nodes_only():
     t,
   )
   np.testing.assert_allclose(new.hidden[0], fresh.hidden[0], atol=1e-5)
-  np.testing.assert_allclose(new.cache.k[0, :12], fresh.cache.k[0, :12], atol=1e-5)
+  np.testing.assert_allclose(new.cache.k[0, :, :12], fresh.cache.k[0, :, :12], atol=1e-5)
   np.testing.assert_array_equal(new.cache.length, [12, 6])
   np.testing.assert_array_equal(new.hidden[1], state.hidden[1])
-  np.testing.assert_array_equal(new.cache.k[1, :6], state.cache.k[1, :6])
+  np.testing.assert_array_equal(new.cache.k[1, :, :6], state.cache.k[1, :, :6])
 
 
 @pytest.mark.parametrize("cls", [Hydra, HydraPlusPlus])
@@ -207,7 +208,8 @@ def test_dropout_only_in_training():
 
 
 @pytest.mark.parametrize(
-  ("cls", "temperature"), [(Medusa, 0.0), (Medusa, 1.0), (Hydra, 1.0), (HydraPlusPlus, 0.0)])
+  ("cls", "temperature"), [(Medusa, 0.0), (Medusa, 1.0), (Hydra, 1.0), (HydraPlusPlus, 0.0)]
+)
 def test_random_heads_change_no_token(cls, temperature):
   """U1, U2: with random weights and ragged prompts the output is that of plain decoding."""
   t = target()
@@ -297,7 +299,7 @@ def test_overfits_one_sequence_and_then_accepts_it(cls):
     objective="hard",
     **({} if cls is Medusa else {"dropout": 0.0}),
   )
-  params, metrics = train(drafter, t, batch_of([text]), 300)
+  params, metrics = train(drafter, t, overfit_batch(text), 300)
   assert min(metrics["top1"]) >= 0.99
   out = generate(
     t.model,

@@ -118,6 +118,11 @@ def greedy_text(target: Target, prompt, length):
   return tokens[0]
 
 
+def overfit_batch(text, prompt=8):
+  """One sequence; the prompt, which the target did not write, is no label."""
+  return batch_of([text], loss_mask=[[0] * prompt + [1] * (len(text) - prompt)])
+
+
 def train(drafter, target: Target, batches, steps, learning_rate=1e-2, seed=0, schedule=True):
   """Adam on the drafter's loss; ``batches`` is one batch or a function of the step."""
   params = init(drafter, target, seed)
