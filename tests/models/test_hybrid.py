@@ -75,7 +75,8 @@ def test_scanned_layout_gives_the_same_logits():
   assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, restored, params)))
 
 
-def test_recurrent_layers_ignore_capacity():
+def test_only_softmax_layers_grow_with_capacity():
   small, large = (Decoder(CONFIG).init_state(2, capacity) for capacity in (8, 64))
-  assert small.layers[0].kv.shape == large.layers[0].kv.shape
-  assert small.layers[1].k.shape[1] == 8 and large.layers[1].k.shape[1] == 64
+  for layer, growth in enumerate((1, 8, 1, 8)):
+    sizes = [max(x.size for x in jax.tree.leaves(s.layers[layer])) for s in (small, large)]
+    assert sizes[1] == growth * sizes[0]
