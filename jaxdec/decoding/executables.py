@@ -49,7 +49,7 @@ def _signature(x) -> tuple:
 
 
 def compilations() -> dict[str, int]:
-  """How many executables of each kind this process has compiled: ``prefill``, ``begin``, ``decode``."""
+  """Executables compiled by this process, by kind: ``prefill``, ``begin``, ``decode``."""
   return dict(_COUNTS)
 
 

@@ -116,12 +116,15 @@ def generate_stream(
     drafter: None, a registered name, or a ``Drafter``; with ``drafter_params`` where it has any.
     drafter_state: ``Generation.drafter_state`` of an earlier call with the same drafter.
     rule: "match", "ratio", "typical_lossy", or a ``Rule``.
-    stop: ``...`` the model's EOS ids; None never stops early; ids and strings are added to the EOS ids.
-    seed: an integer (row i draws from ``fold_in(key(seed), i)``) or one integer per row (each row draws
-      what it would alone with that seed). A row depends on its prompt and seed, never on its neighbours.
+    stop: ``...`` the model's EOS ids; None never stops early; ids and strings are added to the
+      EOS ids.
+    seed: an integer (row i draws from ``fold_in(key(seed), i)``) or one integer per row (each row
+      draws what it would alone with that seed). A row depends on its prompt and seed, never on
+      its neighbours.
     prefill_chunk: bound on the tokens read per prefill pass.
     interval: target passes between pieces; None: as few pieces as possible.
-    profile: measure the shares of drafting and verifying after decoding (compiles two more programs).
+    profile: measure the shares of drafting and verifying after decoding (compiles three more
+      programs).
   """
   config = model.config
   drafter, rule = get_drafter(drafter), get_rule(rule)
@@ -231,7 +234,7 @@ def _run(
       fresh = row.extend([int(t) for t in new_history[i, seen[i] : new_length[i] + 1]])
       seen[i] = new_length[i] + 1
       finished[i] = bool(done[i]) or row.stopped
-      if fresh and interval is not None or finished[i]:
+      if (fresh and interval is not None) or finished[i]:
         yield Piece(i, fresh, row.take(finished[i]), finished[i])
     if all(finished):
       break

@@ -125,7 +125,7 @@ def _decode(
   sampler: Sampler,
   rule: Rule,
 ) -> Carry:
-  """Steps until every row is done or ``carry.steps`` reaches ``until``; ``stopped`` rows are done."""
+  """Steps until all rows are done or ``carry.steps`` is ``until``; ``stopped`` rows are done."""
   step = plain_step if drafter is None else draft_step
 
   def body(c):

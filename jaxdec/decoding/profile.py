@@ -36,10 +36,10 @@ _step_executable = Executable("profile_step", loop._decode, donate=(0,))
 def shares(
   carry: loop.Carry, params, draft_params, request: loop.Request, *, model, drafter, sampler, rule
 ) -> float:
-  """Fraction of a step spent outside the target's verify and commit (proposing and observing).
+  """The drafter's fraction of a step: proposing, against verifying and committing.
 
-  Times the whole step and the verify half of it on the same carry over a few real steps; the rest of
-  the step is the drafter's. Both run as their own programs, so dispatch costs enter both alike.
+  Both parts run as their own programs on the carries of a few real steps, so dispatch costs enter
+  both alike; medians are taken.
   """
   static = dict(model=model, drafter=drafter, sampler=sampler)
   draft_times, verify_times = [], []

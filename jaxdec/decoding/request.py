@@ -32,12 +32,9 @@ class Stops:
   strings: tuple[str, ...] = ()
 
 
-DEFAULT_STOPS = "eos"  # spelled ``stop=...`` by callers who don't care
-
-
 def parse_stops(stop, config: DecoderConfig, tokenizer: TextCodec | None) -> Stops:
-  """``...`` (Ellipsis): the model's EOS ids. None: never. An id, a string, or a sequence of both: those
-  and the EOS ids."""
+  """``...`` (Ellipsis): the model's EOS ids. None: never. An id, a string, or a sequence of both:
+  those and the EOS ids."""
   if stop is None:
     return Stops()
   if stop is ...:
@@ -61,7 +58,7 @@ def parse_stops(stop, config: DecoderConfig, tokenizer: TextCodec | None) -> Sto
 
 
 def parse_prompts(prompts, config: DecoderConfig, tokenizer: TextCodec | None) -> list[list[int]]:
-  """Token ids of every prompt. Text gets ``config.bos_id`` in front unless the tokenizer put it there."""
+  """Token ids of every prompt. Text gets ``config.bos_id`` in front unless it is there already."""
   if isinstance(prompts, str):
     raise UserError("prompts must be a list; wrap a single prompt: [prompt]")
   rows = [_encode(i, p, config, tokenizer) for i, p in enumerate(prompts)]
@@ -124,7 +121,7 @@ def check(
   if longest + max_new_tokens > config.max_length:
     raise UserError(
       f"the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}: together "
-      f"{longest + max_new_tokens}, over the model's limit of {config.max_length}; shorten one of them"
+      f"{longest + max_new_tokens}, over the model's limit of {config.max_length}; shorten one"
     )
   seeds = [seed] if isinstance(seed, (int, np.integer)) else list(seed)
   if not all(isinstance(s, (int, np.integer)) for s in seeds):

@@ -3,9 +3,10 @@
 
   logits -> / temperature -> top-k -> top-p -> min-p -> log-softmax,   all in float32.
 
-Noise is counter-based: the token at absolute position t of a request is ``argmax(log p + Gumbel(k_t))``
-with ``k_t = fold_in(request key, t)`` (decoding card 1.2). What is drawn at t then depends on the
-law and the key only, so any drafter gives the tokens of plain decoding.
+Noise is counter-based: the token at absolute position t of a request is
+``argmax(log p + Gumbel(k_t))`` with ``k_t = fold_in(request key, t)`` (decoding card 1.2). What is
+drawn at t then depends on the law and the key only, so any drafter gives the tokens of plain
+decoding.
 """
 
 from __future__ import annotations
@@ -101,16 +102,17 @@ class Sampler:
     noise = gumbel(position_keys(keys, positions, DRAFT), logits.shape[-1])
     return argmax(self.process(logits) + noise)
 
-  def noise(self, keys: Key[Array, "B"], positions: Int[Array, "B *T"], size: int
-            ) -> Float[Array, "B *T V"]:
-    """The noise ``draw`` adds at ``positions``: a drafter that ranks its guesses with it agrees with
-    the target's draw more often, and the output doesn't depend on it."""
+  def noise(
+    self, keys: Key[Array, "B"], positions: Int[Array, "B *T"], size: int
+  ) -> Float[Array, "B *T V"]:
+    """The noise ``draw`` adds at ``positions``: a drafter that ranks its guesses with it agrees
+    with the target's draw more often, and the output doesn't depend on it."""
     return gumbel(position_keys(keys, positions), size)
 
 
 def request_keys(seed: int | list[int], batch: int) -> Key[Array, "B"]:
-  """One key per row: row i of an integer seed has ``fold_in(key(seed), i)``; row i of a list of seeds
-  has ``fold_in(key(seed[i]), 0)``, what a batch of one with that seed has."""
+  """One key per row: row i of an integer seed has ``fold_in(key(seed), i)``; row i of a list of
+  seeds has ``fold_in(key(seed[i]), 0)``, what a batch of one with that seed has."""
   if isinstance(seed, int):
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch))
   return jnp.stack([jax.random.fold_in(jax.random.key(s), 0) for s in seed])

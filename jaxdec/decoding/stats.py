@@ -14,18 +14,18 @@ class Stats:
 
   Attributes:
     tokens_per_step: mean tokens emitted per target verify pass and live row, bonus included, after
-      cutting at stops and budget; plain decoding has 1.0. The first token of a row comes from prefill
-      and is not counted.
+      cutting at stops and budget; plain decoding has 1.0. The first token of a row comes from
+      prefill and is not counted.
     accepted_by_depth: ``[D]``; fraction of those passes that emitted a draft of depth d and more.
       ``1 + sum`` of it is ``tokens_per_step`` exactly.
-    target_passes: verify passes of the target over the whole batch (a batch of rows shares one pass).
+    target_passes: verify passes of the target over the whole batch (its rows share a pass).
     row_steps: passes in which each row was live.
     new_tokens: tokens returned, all rows.
     prefill_seconds: reading the prompts and drawing the first tokens.
     decode_seconds: the decode loop, host work between its segments included.
-    draft_seconds, verify_seconds: ``decode_seconds`` split by the measured shares of proposing (with
-      observing) and verifying (with committing); None unless ``profile=True``, because the loop is one
-      program whose parts can't be timed inside it.
+    draft_seconds, verify_seconds: ``decode_seconds`` split by the measured shares of proposing and
+      of verifying and committing; None unless ``profile=True``, because the loop is one program
+      whose parts can't be timed inside it.
     compile_seconds: compiling, in none of the above; 0 when everything had been compiled before.
   """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text side of decoding: stop strings found to the token, and text streamed without retractions."""
+"""The text side of decoding: stop strings found to the token, streaming without retractions."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Verdict:
   Attributes:
     path: accepted node ids, root first; entries beyond ``count`` repeat the last one.
     count: accepted drafts + 1, so at least 1.
-    tokens: ``tokens[b, :count[b]]`` are emitted: the drafts on the path, then the target's own token.
+    tokens: ``tokens[b, :count[b]]`` are emitted: drafts on the path, then the target's own token.
   """
 
   path: Int[Array, "B P"]
@@ -175,9 +175,11 @@ class Ratio(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class TypicalLossy(Rule):
-  """NOT lossless. Accept draft x where ``p(x) > min(epsilon, delta * exp(-H(p)))``, H in nats; keep the
-  longest accepted path, among those the most probable one, then the argmax of p (``sample_next``: a
-  draw from p instead). ``epsilon = 1`` with a large ``delta`` accepts nothing uncertain.
+  """NOT lossless. Accept draft x where ``p(x) > min(epsilon, delta * exp(-H(p)))``, H in nats.
+
+  Keeps the longest accepted path, among those the most probable one, then emits the argmax of p
+  (``sample_next``: a draw from p instead). ``epsilon`` near 1 with a large ``delta`` accepts
+  nothing uncertain.
   """
 
   epsilon: float = 0.09

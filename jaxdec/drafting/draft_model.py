@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small decoder drafts for a large one (Leviathan et al., arXiv 2211.17192; Chen et al., 2302.01318).
+"""A small decoder drafts for a large one (arXiv 2211.17192, arXiv 2302.01318).
 
 The draft model keeps its own state. What it read in vain is taken back: attention layers by setting
 ``length`` (slots beyond it hold no meaning), recurrent layers by going on from the state before the
@@ -43,10 +43,9 @@ class DraftModel(Drafter):
   Attributes:
     model: the draft ``Decoder``.
     num_drafts: chain length (gamma).
-    draws: how drafts are made at temperature > 0. ``greedy``: the argmax. ``shared``: with the noise the
-      target will use at that position, which raises the match rate to at least (1-TV)/(1+TV)
-      (arXiv 2408.07978). ``sampled``: with noise of its own, and the law q is handed on: what
-      rule ``ratio`` needs.
+    draws: how drafts are made at temperature > 0. ``greedy``: the argmax. ``shared``: with the
+      noise the target will use at that position, which raises the match rate to at least (1 - TV) / (1 + TV) (arXiv 2408.07978). ``sampled``: with noise of its own, and the law q is
+      handed on: what rule ``ratio`` needs.
   """
 
   model: Any
@@ -58,8 +57,10 @@ class DraftModel(Drafter):
 
   def __post_init__(self):
     if self.num_drafts < 1 or self.draws not in ("greedy", "shared", "sampled"):
-      raise UserError("draft_model needs num_drafts >= 1 and draws one of greedy, shared, sampled, got "
-                      f"{self.num_drafts} and {self.draws!r}")
+      raise UserError(
+        "draft_model needs num_drafts >= 1 and draws one of greedy, shared, sampled, got "
+        f"{self.num_drafts} and {self.draws!r}"
+      )
 
   @property
   def vocab_size(self) -> int:
@@ -83,14 +84,17 @@ class DraftModel(Drafter):
     return nn.unbox(self.model.init(rng, jnp.zeros((1, 1), jnp.int32)))["params"]
 
   def init_state(self, batch, capacity):
-    return DraftModelState(self.model.init_state(batch, padded(capacity, _CHUNK)), jnp.zeros(batch, jnp.int32))
+    return DraftModelState(
+      self.model.init_state(batch, padded(capacity, _CHUNK)), jnp.zeros(batch, jnp.int32)
+    )
 
   def start(self, params, state, prompt, output, target):
     batch, width = prompt.tokens.shape
     room = padded(width, _CHUNK)
     tokens = jnp.pad(prompt.tokens, ((0, 0), (0, room - width)))
-    decoder, *_ = read_prompt(self.model, params, self.model.init_state(batch, room), tokens,
-                              prompt.lengths, chunk=_CHUNK)
+    decoder, *_ = read_prompt(
+      self.model, params, self.model.init_state(batch, room), tokens, prompt.lengths, chunk=_CHUNK
+    )
     return DraftModelState(decoder, prompt.lengths)
 
   def propose(self, params, state, context, rng):
@@ -125,7 +129,8 @@ class DraftModel(Drafter):
 
     caught_up = out.state
     (decoder, _), (rest, laws) = jax.lax.scan(
-      extend, (caught_up, first), jnp.arange(1, self.num_drafts, dtype=jnp.int32))
+      extend, (caught_up, first), jnp.arange(1, self.num_drafts, dtype=jnp.int32)
+    )
     drafts = jnp.concatenate([first[:, None], rest.T], axis=1)
     q = None
     if law is not None:

@@ -21,7 +21,7 @@ def merge_paths(
 
   Node (r, j) stands for the first j + 1 tokens of path r; equal prefixes belong to the first path
   that has them, and weigh the sum of their paths' weights. The ``num_nodes - 1`` heaviest are kept
-  (ties: shallower first, then earlier path), which always is a tree: weights don't increase with depth.
+  (ties: shallower first, then earlier path), which always is a tree: weights never grow with depth.
 
   Args:
     valid: made prefix-closed.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompt lookup: draft what followed an earlier occurrence of the last few tokens.
 
-Source: A. Saxena's prompt-lookup-decoding (2023). No parameters and no state: the history is enough.
-The longest matching suffix wins (n = ``ngram_max`` down to ``ngram_min``), then the most recent match.
+Source: A. Saxena's prompt-lookup-decoding (2023). No parameters, no state: the history is enough.
+The longest matching suffix wins (``ngram_max`` tokens down to ``ngram_min``), then the latest.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class PromptLookup(Drafter):
   num_drafts: tokens proposed (chain), or M - 1 (tree).
   ngram_max, ngram_min: longest and shortest suffix looked for.
   most_recent: take the last match; False: the first, as the reference does.
-  partial: allow matches with fewer than ``num_drafts`` tokens after them; False: refuse them, as the
-    reference does (it then never drafts from the text just written).
+  partial: allow matches with fewer than ``num_drafts`` tokens after them; False: refuse them, as
+    the reference does (it then never drafts from the text just written).
   num_matches: more than 1 merges the best matches' continuations into one tree.
   """
 
@@ -64,7 +64,7 @@ class PromptLookup(Drafter):
 def find_matches(
   history: Int[Array, "B S"], size: Int[Array, "B"], config: PromptLookup
 ) -> tuple[Int[Array, "B R"], Bool[Array, "B R"]]:
-  """The best R matches of the suffix: where their continuations start, and whether they are matches.
+  """The best R matches of the suffix: where their continuations start, and which are matches.
 
   ``matched[i]`` counts tokens equal to the suffix, reading backwards from i, up to ``ngram_max``.
   """

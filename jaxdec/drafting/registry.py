@@ -38,4 +38,6 @@ def get(spec: str | Drafter | None, **options) -> Drafter | None:
   try:
     return _FACTORIES[spec](**options)
   except TypeError as error:
-    raise UserError(f"drafter {spec!r} can't be built from {options}: {error}") from error
+    raise UserError(
+      f"drafter {spec!r} can't be built by name from options {options or 'none'}: {error}"
+    ) from error

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Argmax and top-k over a vocabulary, the results of ``jax.lax`` at a fraction of the time on a CPU."""
+"""Argmax and top-k over a vocabulary: what ``jax.lax`` gives, several times faster on a CPU."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from jaxdec.drafting.base import Drafter
-from jaxdec.drafting.static_tree import Path, StaticTree
 from jaxdec.drafting.selection import top_k
+from jaxdec.drafting.static_tree import Path, StaticTree
 from jaxdec.errors import UserError
 
 UNKNOWN = -1  # table entry of a token the target has not met
@@ -87,7 +87,9 @@ class TokenRecycling(Drafter):
     if self.tree is None and not 2 <= self.size <= 81:
       raise UserError(f"token_recycling has trees of 2 to 81 nodes, got size={self.size}")
     if self.k is not None and self.k < self.shape.max_rank:
-      raise UserError(f"token_recycling needs k >= {self.shape.max_rank} for this tree, got {self.k}")
+      raise UserError(
+        f"token_recycling needs k >= {self.shape.max_rank} for this tree, got {self.k}"
+      )
 
   @property
   def shape(self) -> StaticTree:
@@ -117,8 +119,10 @@ class TokenRecycling(Drafter):
     if isinstance(state, tuple):
       table = jnp.full((vocab, self.width), UNKNOWN, jnp.int32)
     elif state.shape != (vocab, self.width):
-      raise UserError(f"the drafter_state is a table of {state.shape[0]} tokens x {state.shape[1]} "
-                      f"successors, this target and tree need {vocab} x {self.width}")
+      raise UserError(
+        f"the drafter_state is a table of {state.shape[0]} tokens x {state.shape[1]} "
+        f"successors, this target and tree need {vocab} x {self.width}"
+      )
     if not self.learn_prompt:
       return table
     hidden, length = output.hidden, output.hidden.shape[1]
@@ -148,8 +152,9 @@ class TokenRecycling(Drafter):
     return recycle(state, tree.tokens, output.logits, tree.valid & (accepted.count > 0)[:, None])
 
 
-def recycle(table: Int[Array, "V k"], tokens: Int[Array, "B M"], logits: Array,
-            known: Bool[Array, "B M"]) -> Int[Array, "V k"]:
+def recycle(
+  table: Int[Array, "V k"], tokens: Int[Array, "B M"], logits: Array, known: Bool[Array, "B M"]
+) -> Int[Array, "V k"]:
   """Overwrites the rows of the ``known`` tokens with the top-k of their logits, last node first.
 
   A scatter with repeated indices has no defined order, so all but the last occurrence are dropped.
