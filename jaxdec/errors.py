@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one exception for mistakes a user can make; the command line prints its sentence and exits 2."""
+"""The one exception for users' mistakes; the command line prints its sentence and exits 2."""
 
 from __future__ import annotations
 

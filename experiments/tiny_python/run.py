@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains the embedded model (or resumes): ``python -m experiments.tiny_python.run --work-dir DIR``."""
+"""Trains the embedded model, or resumes: ``python -m experiments.tiny_python.run``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
+import jaxdec
 from experiments.tiny_python import config
 from jaxdec.data import make_dataset, open_source, tokenize_documents
 from jaxdec.io.tokenizers import load_tokenizer
 from jaxdec.models import Decoder
 from jaxdec.training import LanguageModel, Trainer
+
+TOKENIZER = Path(jaxdec.__file__).parent / "assets" / "tiny_python"
 
 
 def token_bytes(tokenizer, vocab_size: int) -> np.ndarray:
@@ -27,20 +30,20 @@ def token_bytes(tokenizer, vocab_size: int) -> np.ndarray:
 
 def build(work_dir: str | None) -> Trainer:
   """The whole run: corpus, model, task and trainer."""
-  import jaxdec
-
-  tokenizer = load_tokenizer(Path(jaxdec.__file__).parent / "assets" / "tiny_python")
+  tokenizer = load_tokenizer(TOKENIZER)
   train = tokenize_documents(open_source("python_stdlib", "train"), tokenizer)
   validation = tokenize_documents(open_source("python_stdlib", "validation"), tokenizer)
   shape = dict(batch_size=config.BATCH_SIZE, seq_len=config.SEQ_LEN)
-  task = LanguageModel(Decoder(config.model_config()),
-                       token_bytes=token_bytes(tokenizer, config.VOCAB_SIZE))
+  task = LanguageModel(
+    Decoder(config.model_config()), token_bytes=token_bytes(tokenizer, config.VOCAB_SIZE)
+  )
   return Trainer(
     task,
     config.trainer_config(work_dir),
     data=make_dataset(train, **shape),
     eval_data=lambda: itertools.islice(
-      make_dataset(validation, shuffle=False, num_epochs=1, **shape), 16),
+      make_dataset(validation, shuffle=False, num_epochs=1, **shape), 16
+    ),
     extra={"source": "python_stdlib", "tokens": len(train.tokens), **shape},
   )
 

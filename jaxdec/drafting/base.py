@@ -4,7 +4,7 @@
 A drafter is a hashable frozen dataclass (its configuration) whose methods are pure functions of
 arrays, so the whole decode loop compiles once per (batch, M, capacity). The loop calls
 
-  ``start`` once after prefill, then per step ``propose`` -> (verify pass of the target) -> ``observe``.
+  ``start`` once after prefill, then per step ``propose`` -> (verify pass) -> ``observe``.
 
 Three families fit: drafters with parameters of their own (heads, small models), drafters that run
 part of the target (``context.target``), and drafters that ride in the verify pass through probe
@@ -40,7 +40,7 @@ class TargetOutput:
 
   Attributes:
     hidden: post-final-norm hidden states, the input of the LM head.
-    features: residual stream captured at the inputs of the layers ``drafter.capture``, one array each.
+    features: residual stream at the inputs of the layers ``drafter.capture``, one array each.
     logits: next-token logits; None for the prompt (only its last row is computed).
   """
 
@@ -87,7 +87,7 @@ class Accepted:
     path: node ids of the accepted path, root first; entries beyond ``count`` repeat the last one.
     count: nodes kept, root included (accepted drafts + 1); 0 for rows that had already finished.
     next_token: token drawn from the target after the path (correction or bonus): the next root.
-    tokens: emitted tokens this step, ``tokens[b, :count[b]]`` valid: drafts on the path, then next_token.
+    tokens: emitted this step, ``tokens[b, :count[b]]`` valid: drafts on the path, then next_token.
   """
 
   path: Int[Array, "B P"]
@@ -132,19 +132,32 @@ class Drafter:
     """State before any prompt was read; ``capacity`` bounds absolute positions."""
     return ()
 
-  def start(self, params: Params, state: DraftState, prompt: Prompt, output: TargetOutput,
-            target: Target) -> DraftState:
-    """Reads the prompt. ``output.hidden`` is ``[B,T,D]`` when ``needs_prompt_hidden``, else the last
+  def start(
+    self, params: Params, state: DraftState, prompt: Prompt, output: TargetOutput, target: Target
+  ) -> DraftState:
+    """Reads the prompt.
+
+    ``output.hidden`` is ``[B,T,D]`` when ``needs_prompt_hidden``, else the last
     valid position of each row, ``[B,1,D]`` (features alike)."""
     return state
 
-  def propose(self, params: Params, state: DraftState, context: Context, rng: jax.Array
-              ) -> tuple[Tree, DraftState]:
+  def propose(
+    self, params: Params, state: DraftState, context: Context, rng: jax.Array
+  ) -> tuple[Tree, DraftState]:
     """One tree per row, ``context.root`` at node 0."""
     raise NotImplementedError
 
-  def observe(self, params: Params, state: DraftState, tree: Tree, accepted: Accepted,
-              output: TargetOutput, context: Context) -> DraftState:
-    """Learns from the verify pass. ``output`` rows are tree nodes (``[B,M,...]``); ``context`` is the one
+  def observe(
+    self,
+    params: Params,
+    state: DraftState,
+    tree: Tree,
+    accepted: Accepted,
+    output: TargetOutput,
+    context: Context,
+  ) -> DraftState:
+    """Learns from the verify pass.
+
+    ``output`` rows are tree nodes (``[B,M,...]``); ``context`` is the one
     ``propose`` saw (so ``context.length`` is the position of the root)."""
     return state

@@ -42,8 +42,12 @@ class Tree:
     return Topology(self.depth, ancestors_from_parents(self.parent, self.max_depth))
 
 
-def chain(root: Int[Array, "B"], drafts: Int[Array, "B G"], valid: Bool[Array, "B G"] | None = None,
-          draft_probs: Float[Array, "B G V"] | None = None) -> Tree:
+def chain(
+  root: Int[Array, "B"],
+  drafts: Int[Array, "B G"],
+  valid: Bool[Array, "B G"] | None = None,
+  draft_probs: Float[Array, "B G V"] | None = None,
+) -> Tree:
   """A tree with one path: root, then ``drafts`` in order (validity is made prefix-closed)."""
   b, g = drafts.shape
   index = jnp.arange(g + 1, dtype=jnp.int32)

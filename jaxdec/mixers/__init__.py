@@ -20,9 +20,14 @@ _DEFAULT_NORM = NormConfig()
 _MODULES = {AttentionConfig: Attention, LinearAttentionConfig: LinearAttention}
 
 
-def build_mixer(config: AttentionConfig | LinearAttentionConfig, dim: int,
-                norm: NormConfig = _DEFAULT_NORM, dtype: Any = None, param_dtype: Any = None,
-                **kwargs) -> Mixer:
+def build_mixer(
+  config: AttentionConfig | LinearAttentionConfig,
+  dim: int,
+  norm: NormConfig = _DEFAULT_NORM,
+  dtype: Any = None,
+  param_dtype: Any = None,
+  **kwargs,
+) -> Mixer:
   """The module of a mixer configuration; ``dim`` is the model width D."""
   dtypes = {k: v for k, v in {"dtype": dtype, "param_dtype": param_dtype}.items() if v is not None}
   return _MODULES[type(config)](config, dim, norm, **dtypes, **kwargs)

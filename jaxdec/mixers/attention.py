@@ -39,7 +39,7 @@ class AttentionConfig:
   num_heads: int
   num_kv_heads: int
   head_dim: int
-  rope: RopeConfig | None = RopeConfig()
+  rope: RopeConfig | None = RopeConfig()  # noqa: RUF009 (frozen)
   window: int | None = None
   qk_norm: bool = False
   qkv_bias: bool = False
@@ -49,8 +49,10 @@ class AttentionConfig:
 
   def __post_init__(self):
     if self.num_heads % self.num_kv_heads:
-      raise ValueError(f"num_heads must be a multiple of num_kv_heads, got N={self.num_heads}, "
-                       f"K={self.num_kv_heads}")
+      raise ValueError(
+        f"num_heads must be a multiple of num_kv_heads, got N={self.num_heads}, "
+        f"K={self.num_kv_heads}"
+      )
 
 
 @struct.dataclass
@@ -74,9 +76,13 @@ class KVPending:
   v: Float[Array, "B K M H"]
 
 
-def attention_logits(q: Float[Array, "B T N H"], k: Float[Array, "B K S H"],
-                     mask: Bool[Array, "#B T S"], config: AttentionConfig) -> Float[Array, "B K R S"]:
-  """Scaled, capped and masked ``q·k`` in float32; the R = G*T rows are a group's queries, folded."""
+def attention_logits(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B K S H"],
+  mask: Bool[Array, "#B T S"],
+  config: AttentionConfig,
+) -> Float[Array, "B K R S"]:
+  """Scaled, capped, masked ``q·k`` in float32; the R = G*T rows are a group's queries, folded."""
   b, t, n, h = q.shape
   kv = k.shape[1]
   scale = config.scale if config.scale is not None else h**-0.5
@@ -88,8 +94,9 @@ def attention_logits(q: Float[Array, "B T N H"], k: Float[Array, "B K S H"],
   return jnp.where(mask[:, None, None], folded, MASKED).reshape(logits.shape)
 
 
-def attention_values(probs: Float[Array, "B K R S"], v: Float[Array, "B K S H"], length: int
-                     ) -> Float[Array, "B T N H"]:
+def attention_values(
+  probs: Float[Array, "B K R S"], v: Float[Array, "B K S H"], length: int
+) -> Float[Array, "B T N H"]:
   """``probs @ v``, the R rows unfolded to T = ``length`` queries of N heads."""
   out = jnp.einsum("bkrs,bksh->bkrh", probs.astype(v.dtype), v, preferred_element_type=jnp.float32)
   b, kv, rows, h = out.shape
@@ -97,15 +104,21 @@ def attention_values(probs: Float[Array, "B K R S"], v: Float[Array, "B K S H"],
   return out.reshape(b, length, -1, h)
 
 
-def attend(q: Float[Array, "B T N H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"],
-           mask: Bool[Array, "#B T S"], config: AttentionConfig) -> Float[Array, "B T N H"]:
+def attend(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B K S H"],
+  v: Float[Array, "B K S H"],
+  mask: Bool[Array, "#B T S"],
+  config: AttentionConfig,
+) -> Float[Array, "B T N H"]:
   """``softmax(mask(q·k)) v``."""
   probs = jax.nn.softmax(attention_logits(q, k, mask, config), axis=-1)
   return attention_values(probs, v, q.shape[1])
 
 
-def visible(query_position: Int[Array, "B T"], key_position: Int[Array, "#B S"], window: int | None
-            ) -> Bool[Array, "B T S"]:
+def visible(
+  query_position: Int[Array, "B T"], key_position: Int[Array, "#B S"], window: int | None
+) -> Bool[Array, "B T S"]:
   """Causal (and windowed) visibility by absolute positions."""
   difference = query_position[:, :, None] - key_position[:, None, :]
   seen = difference >= 0
@@ -117,9 +130,15 @@ def heads_first(x: Float[Array, "B T K H"]) -> Float[Array, "B K T H"]:
   return x.transpose(0, 2, 1, 3)
 
 
-def causal_attention(q: Float[Array, "B T N H"], k: Float[Array, "B T K H"],
-                     v: Float[Array, "B T K H"], segment_ids: Int[Array, "B T"] | None,
-                     config: AttentionConfig, *, block: int = 128) -> Float[Array, "B T N H"]:
+def causal_attention(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B T K H"],
+  v: Float[Array, "B T K H"],
+  segment_ids: Int[Array, "B T"] | None,
+  config: AttentionConfig,
+  *,
+  block: int = 128,
+) -> Float[Array, "B T N H"]:
   """Self-attention over whole sequences, one block of queries at a time.
 
   Each block meets only the keys it can see, so the causal half (and what lies before a window) is
@@ -133,7 +152,7 @@ def causal_attention(q: Float[Array, "B T N H"], k: Float[Array, "B T K H"],
     stop = min(start + block, length)
     first = 0 if config.window is None else max(0, start - config.window + 1)
     index = jnp.arange(first, stop)[None]
-    mask = visible(index[:, start - first:], index, config.window)
+    mask = visible(index[:, start - first :], index, config.window)
     if segment_ids is not None:
       mask = mask & (segment_ids[:, start:stop, None] == segment_ids[:, None, first:stop])
     outs.append(attend(q[:, start:stop], k[:, :, first:stop], v[:, :, first:stop], mask, config))
@@ -192,8 +211,9 @@ class Attention(nn.Module):
     c, capacity = self.config, state.k.shape[2]
     slots = jnp.arange(capacity)[None]
     cached = visible(positions, slots, c.window) & (slots < state.length[:, None])[:, None]
-    logits = jnp.concatenate([attention_logits(q, state.k, cached, c),
-                              attention_logits(q, k, among, c)], axis=-1)
+    logits = jnp.concatenate(
+      [attention_logits(q, state.k, cached, c), attention_logits(q, k, among, c)], axis=-1
+    )
     probs = jax.nn.softmax(logits, axis=-1)
     out = attention_values(probs[..., :capacity], state.v, q.shape[1])
     return out + attention_values(probs[..., capacity:], v, q.shape[1])
@@ -210,8 +230,11 @@ class Attention(nn.Module):
     # on the output; 0 * x is not folded for floats.
     start = state.length + (0 * out[:, 0, 0, 0]).astype(jnp.int32)
     added = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
-    state = KVState(write_rows(state.k, k, start, axis=2), write_rows(state.v, v, start, axis=2),
-                    state.length + added)
+    state = KVState(
+      write_rows(state.k, k, start, axis=2),
+      write_rows(state.v, v, start, axis=2),
+      state.length + added,
+    )
     return self._output(out, x), state
 
   def verify(self, x, state, topology: Topology):
@@ -224,8 +247,10 @@ class Attention(nn.Module):
 
   def commit(self, state, pending, path, count):
     def write(buffer, nodes):
-      return write_rows(buffer, jnp.take_along_axis(nodes, path[:, None, :, None], axis=2),
-                        state.length, axis=2)
+      return write_rows(
+        buffer, jnp.take_along_axis(nodes, path[:, None, :, None], axis=2), state.length, axis=2
+      )
 
-    return KVState(write(state.k, pending.k), write(state.v, pending.v),
-                   state.length + count.astype(jnp.int32))
+    return KVState(
+      write(state.k, pending.k), write(state.v, pending.v), state.length + count.astype(jnp.int32)
+    )

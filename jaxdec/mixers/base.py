@@ -8,7 +8,7 @@ A mixer is a thin Flax module around pure functions. It has four ways in and one
   ==================================  ======================================  =====================
   ``mixer(x, positions, segments)``   ``[B,T,D] -> [B,T,D]``                  training, no state
   ``mixer.extend(x, state, pos)``     ``[B,T,D], State -> [B,T,D], State``    prefill and decoding
-  ``mixer.verify(x, state, topo)``    ``[B,M,D], State -> [B,M,D], Pending``  draft trees; state kept
+  ``mixer.verify(x, state, topo)``    ``[B,M,D], State -> [B,M,D], Pending``  draft trees; pure
   ``mixer.commit(state, pending,      ``-> State``                            keep the accepted path
   path, count)``
   ==================================  ======================================  =====================
@@ -16,12 +16,12 @@ A mixer is a thin Flax module around pure functions. It has four ways in and one
 Conventions shared by every mixer:
 
 * ``state.length [B]`` counts the tokens in the state. Slot index = absolute position.
-* ``extend``: a position of ``-1`` marks padding. Padding is a suffix of the row's ``T`` tokens, leaves
+* ``extend``: a position of ``-1`` marks padding. Padding is a suffix of the row's T tokens, leaves
   the state of the row unchanged, and its output is undefined. Valid tokens of row ``b`` have the
   positions ``length[b], length[b] + 1, ...``. The caller guarantees ``length[b] + T <= capacity``
   (padding included), because a clamped write would overwrite live keys.
 * ``verify``: node ``i`` sits at position ``length + depth[i]``; node 0 (the root, the last emitted
-  token) is not in the state yet. Invalid nodes see themselves only, and their output is undefined.
+  token) is not in the state yet. Nodes a drafter marks invalid are computed like the others.
 * ``commit``: ``path [B,P]`` holds node ids, root first; the first ``count [B]`` of them are kept
   (``0 <= count <= P``; 0 leaves the row as it was). ``length`` grows by ``count``.
 

@@ -80,20 +80,28 @@ class LinearAttentionConfig:
         fail(f"{field}={value!r}{nearest(str(value), known)} is not one of {', '.join(known)}")
     for field in ("num_heads", "head_dim", "kv_heads", "value_width", "chunk_size"):
       if getattr(self, field) < 1:
-        fail(f"{field.replace('kv_heads', 'num_kv_heads')} must be at least 1, "
-             f"got {getattr(self, field)}")
+        fail(
+          f"{field.replace('kv_heads', 'num_kv_heads')} must be at least 1, "
+          f"got {getattr(self, field)}"
+        )
     if self.num_heads % self.kv_heads:
-      fail(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.kv_heads}; "
-           "choose a divisor")
+      fail(
+        f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.kv_heads}; "
+        "choose a divisor"
+      )
     if isinstance(self.slopes, str):
       if self.slopes not in _LADDERS:
-        fail(f"slopes={self.slopes!r}{nearest(self.slopes, _LADDERS)} is neither one of "
-             f"{', '.join(_LADDERS)} nor a tuple of numbers")
+        fail(
+          f"slopes={self.slopes!r}{nearest(self.slopes, _LADDERS)} is neither one of "
+          f"{', '.join(_LADDERS)} nor a tuple of numbers"
+        )
     elif len(self.slopes) != self.kv_heads or min(self.slopes) < 0:
       fail(f"slopes must be {self.kv_heads} numbers >= 0, one a kv head, got {self.slopes}")
     if self.normalize and (self.feature_map != "elu" or self.rope is not None):
-      fail("normalize=True divides by q.z, which is safe for positive features only; use "
-           "feature_map='elu' and rope=None, or normalize=False")
+      fail(
+        "normalize=True divides by q.z, which is safe for positive features only; use "
+        "feature_map='elu' and rope=None, or normalize=False"
+      )
 
   @property
   def kv_heads(self) -> int:
@@ -220,8 +228,15 @@ class LinearAttention(nn.Module):
 
   def __call__(self, x, positions, segment_ids=None):
     q, k, v, g = self._project(x, positions)
-    out, _ = chunked_linear_attention(q, k, v, log_decay=g, segment_ids=segment_ids,
-                                      scale=self.config.scale, chunk_size=self.config.chunk_size)
+    out, _ = chunked_linear_attention(
+      q,
+      k,
+      v,
+      log_decay=g,
+      segment_ids=segment_ids,
+      scale=self.config.scale,
+      chunk_size=self.config.chunk_size,
+    )
     return self._output(out, x)
 
   def init_state(self, batch, capacity, dtype=None):
@@ -234,8 +249,16 @@ class LinearAttention(nn.Module):
   def extend(self, x, state, positions):
     q, k, v, g = self._project(x, positions)
     valid = positions >= 0
-    out, kv = chunked_linear_attention(q, k, v, log_decay=g, initial_state=state.kv, valid=valid,
-                                       scale=self.config.scale, chunk_size=self.config.chunk_size)
+    out, kv = chunked_linear_attention(
+      q,
+      k,
+      v,
+      log_decay=g,
+      initial_state=state.kv,
+      valid=valid,
+      scale=self.config.scale,
+      chunk_size=self.config.chunk_size,
+    )
     return self._output(out, x), LinearState(kv, state.length + valid.sum(1, dtype=jnp.int32))
 
   def verify(self, x, state, topology: Topology):

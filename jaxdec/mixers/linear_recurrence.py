@@ -205,7 +205,7 @@ def update_state(
 ) -> Float[Array, "B K H V"]:
   """The state after T more tokens, in one masked sum (the commit of a few accepted nodes).
 
-    S <- exp(G_T) S + sum_t exp(G_T - G_t) k_t^T v_t
+  S <- exp(G_T) S + sum_t exp(G_T - G_t) k_t^T v_t
   """
   _, k, v, g, state, _ = _prepare(k, k, v, log_decay, state, None, valid, 1.0)
   if g is None:
@@ -223,8 +223,10 @@ def _accumulator(x: Array) -> jnp.dtype:
 def _group(q: Array, k: Array) -> int:
   heads, kv_heads = q.shape[2], k.shape[2]
   if heads % kv_heads:
-    raise UserError(f"linear attention: {heads} query heads are not a multiple of {kv_heads} "
-                    "key/value heads; make them one.")
+    raise UserError(
+      f"linear attention: {heads} query heads are not a multiple of {kv_heads} "
+      "key/value heads; make them one."
+    )
   return heads // kv_heads
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RMSNorm (arXiv 1910.07467) in its two checkpoint conventions, and the dense layer of every block."""
+"""RMSNorm (arXiv 1910.07467) in its two checkpoint conventions, and the dense layer of blocks."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ class NormConfig:
   unit_offset: bool = False
 
 
-def rms_norm(x: Float[Array, "... D"], weight: Float[Array, "D"], config: NormConfig
-             ) -> Float[Array, "... D"]:
+def rms_norm(
+  x: Float[Array, "... D"], weight: Float[Array, "D"], config: NormConfig
+) -> Float[Array, "... D"]:
   """``x / sqrt(mean(x^2) + eps) * weight``; statistics in float32, result in x's dtype."""
   x32 = x.astype(jnp.float32)
   normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + config.eps)
@@ -38,8 +39,9 @@ class RMSNorm(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     init = nn.initializers.zeros if self.config.unit_offset else nn.initializers.ones
-    scale = self.param("scale", nn.with_logical_partitioning(init, (None,)), (x.shape[-1],),
-                       self.param_dtype)
+    scale = self.param(
+      "scale", nn.with_logical_partitioning(init, (None,)), (x.shape[-1],), self.param_dtype
+    )
     return rms_norm(x, scale, self.config)
 
 
@@ -56,11 +58,19 @@ class Dense(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
     std = self.init_std if self.init_std is not None else x.shape[-1] ** -0.5
-    kernel = self.param("kernel", nn.with_logical_partitioning(nn.initializers.normal(std), self.axes),
-                        (x.shape[-1], self.features), self.param_dtype)
+    kernel = self.param(
+      "kernel",
+      nn.with_logical_partitioning(nn.initializers.normal(std), self.axes),
+      (x.shape[-1], self.features),
+      self.param_dtype,
+    )
     out = x.astype(self.dtype) @ kernel.astype(self.dtype)
     if self.use_bias:
-      bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:]),
-                        (self.features,), self.param_dtype)
+      bias = self.param(
+        "bias",
+        nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:]),
+        (self.features,),
+        self.param_dtype,
+      )
       out = out + bias.astype(self.dtype)
     return out

@@ -2,7 +2,7 @@
 """Rotary position embeddings (RoFormer, arXiv 2104.09864) and their context extensions.
 
 Hugging Face layout: the two halves of a head are rotated against each other (not even/odd pairs).
-Scalings: ``linear`` (arXiv 2306.15595), ``dynamic`` NTK, ``llama3`` (Llama 3.1's wavelength ramp) and
+Scalings: ``linear`` (arXiv 2306.15595), ``dynamic`` NTK, ``llama3`` (Llama 3.1's ramp) and
 ``yarn`` (arXiv 2309.00071). ``rotary_fraction`` < 1 rotates only the first part of each head.
 """
 
@@ -86,14 +86,16 @@ def _yarn(config: RopeConfig, inv: np.ndarray, width: int) -> tuple[np.ndarray, 
   if attention_factor is None:
     if config.mscale and config.mscale_all_dim:
       attention_factor = mscale(config.factor, config.mscale) / mscale(
-        config.factor, config.mscale_all_dim)
+        config.factor, config.mscale_all_dim
+      )
     else:
       attention_factor = mscale(config.factor)
   return inv.astype(np.float32), float(attention_factor)
 
 
-def apply_rope(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], config: RopeConfig
-               ) -> Float[Array, "B T N H"]:
+def apply_rope(
+  x: Float[Array, "B T N H"], positions: Int[Array, "B T"], config: RopeConfig
+) -> Float[Array, "B T N H"]:
   """Rotates the heads of ``x`` to their absolute positions, in float32."""
   inv, factor = inverse_frequencies(config, x.shape[-1])
   angle = positions.astype(jnp.float32)[..., None, None] * inv

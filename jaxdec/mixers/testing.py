@@ -59,17 +59,26 @@ class Subject:
     def method(name):
       return jax.jit(lambda params, *args: mixer.apply(params, *args, method=name))
 
-    return cls(params=params, call=method("__call__"), extend=method("extend"),
-               verify=method("verify"), commit=method("commit"), inputs=inputs, tolerance=tolerance,
-               init_state=lambda batch, capacity: mixer.init_state(batch, capacity, mixer.dtype))
+    return cls(
+      params=params,
+      call=method("__call__"),
+      extend=method("extend"),
+      verify=method("verify"),
+      commit=method("commit"),
+      inputs=inputs,
+      tolerance=tolerance,
+      init_state=lambda batch, capacity: mixer.init_state(batch, capacity, mixer.dtype),
+    )
 
 
 def randomize(params: Any, seed: int) -> Any:
   """Adds noise to vectors (biases and norm scales start at 0 or 1, where they hide mistakes)."""
   leaves, tree = jax.tree.flatten(params)
   keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-  noisy = [p + 0.3 * jax.random.normal(key, p.shape, p.dtype) if p.ndim == 1 else p
-           for key, p in zip(keys, leaves)]
+  noisy = [
+    p + 0.3 * jax.random.normal(key, p.shape, p.dtype) if p.ndim == 1 else p
+    for key, p in zip(keys, leaves)
+  ]
   return jax.tree.unflatten(tree, noisy)
 
 
@@ -262,12 +271,14 @@ def check_strangers_do_not_matter(subject: Subject) -> None:
   alone = jnp.eye(NODES, dtype=bool)[last]
   poisoned = topology.replace(
     depth=topology.depth.at[:, last].set(0),
-    ancestors=topology.ancestors.at[:, last].set(jnp.broadcast_to(alone, (BATCH, NODES))))
+    ancestors=topology.ancestors.at[:, last].set(jnp.broadcast_to(alone, (BATCH, NODES))),
+  )
   junk = subject.inputs(jax.random.key(55), BATCH, 1)[:, 0]
   junk = junk * 1e3 if jnp.issubdtype(junk.dtype, jnp.floating) else junk
   out, pending = subject.verify(subject.params, nodes, state, topology)
   dirty, dirty_pending = subject.verify(
-    subject.params, nodes.at[:, last].set(junk), state, poisoned)
+    subject.params, nodes.at[:, last].set(junk), state, poisoned
+  )
   assert np.isfinite(np.asarray(dirty, np.float32)).all(), "unused slot gave NaN or inf"
   assert_close(dirty[:, :last], out[:, :last], subject.tolerance, "unused slot was seen")
   path, count = _paths(topology, last - 1)
@@ -290,7 +301,8 @@ def check_gradients(subject: Subject) -> None:
   """A stretch at once and token by token: same gradients of parameters, state and inputs."""
   x = subject.inputs(jax.random.key(6), BATCH, LENGTH)
   _, state = subject.extend(
-    subject.params, x[:, :STRETCH], subject.init_state(BATCH, CAPACITY), _positions(BATCH, STRETCH))
+    subject.params, x[:, :STRETCH], subject.init_state(BATCH, CAPACITY), _positions(BATCH, STRETCH)
+  )
   x, t = x[:, STRETCH:], LENGTH - STRETCH
   positions = STRETCH + _positions(BATCH, t)
 

@@ -57,7 +57,7 @@ class DecoderConfig:
   vocab_size: int
   dim: int
   layers: tuple[LayerConfig, ...]
-  norm: NormConfig = NormConfig()
+  norm: NormConfig = NormConfig()  # noqa: RUF009 (frozen)
   tie_embeddings: bool = False
   embed_scale: float | None = None
   logit_cap: float | None = None
@@ -71,13 +71,29 @@ class DecoderConfig:
     return len(self.layers)
 
 
-def tiny_llama(*, vocab_size: int = 4096, dim: int = 256, num_layers: int = 6, num_heads: int = 4,
-               num_kv_heads: int = 2, head_dim: int = 64, hidden_dim: int = 768,
-               max_length: int = 2048, tie_embeddings: bool = True, **kwargs) -> DecoderConfig:
+def tiny_llama(
+  *,
+  vocab_size: int = 4096,
+  dim: int = 256,
+  num_layers: int = 6,
+  num_heads: int = 4,
+  num_kv_heads: int = 2,
+  head_dim: int = 64,
+  hidden_dim: int = 768,
+  max_length: int = 2048,
+  tie_embeddings: bool = True,
+  **kwargs,
+) -> DecoderConfig:
   """A Llama-type decoder; the defaults are the embedded model's shape (5.8M parameters)."""
   layer = LayerConfig(
     AttentionConfig(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim),
     MLPConfig(hidden_dim),
   )
-  return DecoderConfig(vocab_size=vocab_size, dim=dim, layers=(layer,) * num_layers,
-                       max_length=max_length, tie_embeddings=tie_embeddings, **kwargs)
+  return DecoderConfig(
+    vocab_size=vocab_size,
+    dim=dim,
+    layers=(layer,) * num_layers,
+    max_length=max_length,
+    tie_embeddings=tie_embeddings,
+    **kwargs,
+  )

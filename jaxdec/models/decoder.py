@@ -150,15 +150,22 @@ class Decoder(nn.Module):
   def setup(self):
     c = self.config
     self.embedding = self.param(
-      "embed", nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed")),
-      (c.vocab_size, c.dim), self.param_dtype)
+      "embed",
+      nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed")),
+      (c.vocab_size, c.dim),
+      self.param_dtype,
+    )
     common = dict(dim=c.dim, norm=c.norm, dtype=self.dtype, param_dtype=self.param_dtype)
     if self.layout == "scanned":
       group = nn.remat(_Group, prevent_cse=False) if self.remat == "full" else _Group
       period = pattern(c.layers)
       self.stack = nn.scan(
-        group, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers // len(period),
-        in_axes=(nn.broadcast, nn.broadcast), metadata_params={nn.PARTITION_NAME: "layers"},
+        group,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=c.num_layers // len(period),
+        in_axes=(nn.broadcast, nn.broadcast),
+        metadata_params={nn.PARTITION_NAME: "layers"},
       )(blocks=period, **common)
     else:
       block = nn.remat(Block) if self.remat == "full" else Block
@@ -177,8 +184,12 @@ class Decoder(nn.Module):
   def unembed(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
     """LM head on post-norm states, soft-capped, float32."""
     if self.config.tie_embeddings:
-      logits = jnp.einsum("...d,vd->...v", hidden, self.embedding.astype(self.dtype),
-                          preferred_element_type=jnp.float32)
+      logits = jnp.einsum(
+        "...d,vd->...v",
+        hidden,
+        self.embedding.astype(self.dtype),
+        preferred_element_type=jnp.float32,
+      )
     else:
       logits = self.head(hidden)
     logits = logits.astype(jnp.float32)
@@ -188,12 +199,19 @@ class Decoder(nn.Module):
   def _output(self, x, stream, capture, logits, **kwargs):
     stream = [*stream, x]
     hidden = self.final_norm(x)
-    return DecoderOutput(self.unembed(hidden) if logits else None, hidden,
-                         tuple(stream[i] for i in capture), **kwargs)
+    return DecoderOutput(
+      self.unembed(hidden) if logits else None, hidden, tuple(stream[i] for i in capture), **kwargs
+    )
 
-  def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None,
-               segment_ids: Int[Array, "B T"] | None = None, *, capture: tuple[int, ...] = (),
-               logits: bool = True) -> DecoderOutput:
+  def __call__(
+    self,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    *,
+    capture: tuple[int, ...] = (),
+    logits: bool = True,
+  ) -> DecoderOutput:
     """Whole sequences without state (training and scoring)."""
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
@@ -211,12 +229,24 @@ class Decoder(nn.Module):
   def init_state(self, batch: int, capacity: int, dtype: jnp.dtype | None = None) -> DecoderState:
     """Empty state for ``capacity`` positions; needs no parameters."""
     c = self.config
-    return DecoderState(tuple(
-      build_mixer(layer.mixer, c.dim, c.norm, self.dtype, self.param_dtype, parent=None)
-      .init_state(batch, capacity, dtype or self.dtype) for layer in c.layers))
+    return DecoderState(
+      tuple(
+        build_mixer(
+          layer.mixer, c.dim, c.norm, self.dtype, self.param_dtype, parent=None
+        ).init_state(batch, capacity, dtype or self.dtype)
+        for layer in c.layers
+      )
+    )
 
-  def extend(self, tokens: Int[Array, "B T"], state: DecoderState, positions: Int[Array, "B T"], *,
-             capture: tuple[int, ...] = (), logits: bool = True) -> DecoderOutput:
+  def extend(
+    self,
+    tokens: Int[Array, "B T"],
+    state: DecoderState,
+    positions: Int[Array, "B T"],
+    *,
+    capture: tuple[int, ...] = (),
+    logits: bool = True,
+  ) -> DecoderOutput:
     """Reads T more tokens (position -1: padding); the new state is in the output."""
     x, stream, states = self.embed(tokens), [], []
     for layer, layer_state in zip(self.layers, state.layers):
@@ -225,8 +255,15 @@ class Decoder(nn.Module):
       states.append(layer_state)
     return self._output(x, stream, capture, logits, state=DecoderState(tuple(states)))
 
-  def verify(self, tokens: Int[Array, "B M"], state: DecoderState, topology: Topology, *,
-             capture: tuple[int, ...] = (), logits: bool = True) -> DecoderOutput:
+  def verify(
+    self,
+    tokens: Int[Array, "B M"],
+    state: DecoderState,
+    topology: Topology,
+    *,
+    capture: tuple[int, ...] = (),
+    logits: bool = True,
+  ) -> DecoderOutput:
     """Reads M tree nodes against the state without changing it; ``pending`` is in the output."""
     x, stream, pendings = self.embed(tokens), [], []
     for layer, layer_state in zip(self.layers, state.layers):
@@ -235,11 +272,19 @@ class Decoder(nn.Module):
       pendings.append(pending)
     return self._output(x, stream, capture, logits, pending=tuple(pendings))
 
-  def commit(self, state: DecoderState, pending: tuple[Any, ...], path: Int[Array, "B P"],
-             count: Int[Array, "B"]) -> DecoderState:
+  def commit(
+    self,
+    state: DecoderState,
+    pending: tuple[Any, ...],
+    path: Int[Array, "B P"],
+    count: Int[Array, "B"],
+  ) -> DecoderState:
     """Keeps the first ``count`` nodes of ``path`` (root first)."""
-    return DecoderState(tuple(
-      layer.commit(s, p, path, count) for layer, s, p in zip(self.layers, state.layers, pending)))
+    return DecoderState(
+      tuple(
+        layer.commit(s, p, path, count) for layer, s, p in zip(self.layers, state.layers, pending)
+      )
+    )
 
 
 def stack_layers(params: dict, config: DecoderConfig) -> dict:
@@ -247,9 +292,11 @@ def stack_layers(params: dict, config: DecoderConfig) -> dict:
   period = len(pattern(config.layers))
   rest = {k: v for k, v in params.items() if not k.startswith("layers_")}
   stack = {
-    f"block_{j}": jax.tree.map(lambda *x: jnp.stack(x),
-                               *[params[f"layers_{i}"] for i in range(j, config.num_layers, period)])
-    for j in range(period)}
+    f"block_{j}": jax.tree.map(
+      lambda *x: jnp.stack(x), *[params[f"layers_{i}"] for i in range(j, config.num_layers, period)]
+    )
+    for j in range(period)
+  }
   return {**rest, "stack": stack}
 
 
@@ -258,6 +305,9 @@ def unstack_layers(params: dict, config: DecoderConfig) -> dict:
   period = len(pattern(config.layers))
   rest = {k: v for k, v in params.items() if k != "stack"}
   layers = {
-    f"layers_{i}": jax.tree.map(lambda x, i=i: x[i // period], params["stack"][f"block_{i % period}"])
-    for i in range(config.num_layers)}
+    f"layers_{i}": jax.tree.map(
+      lambda x, i=i: x[i // period], params["stack"][f"block_{i % period}"]
+    )
+    for i in range(config.num_layers)
+  }
   return {**rest, **layers}
