@@ -7,12 +7,12 @@ import importlib
 
 _LAZY = {
   "LanguageModel": "jaxdec.training.tasks.language_model",
-  "MeshConfig": "jaxdec.training.trainer",
-  "OptimizerConfig": "jaxdec.training.optimizers",
+  "MeshConfig": "jaxdec.training.config",
+  "OptimizerConfig": "jaxdec.training.config",
   "Task": "jaxdec.training.task",
   "TrainResult": "jaxdec.training.trainer",
   "Trainer": "jaxdec.training.trainer",
-  "TrainerConfig": "jaxdec.training.trainer",
+  "TrainerConfig": "jaxdec.training.config",
   "load_params": "jaxdec.training.checkpoints",
   "make_optimizer": "jaxdec.training.optimizers",
   "read_metrics": "jaxdec.training.metrics",

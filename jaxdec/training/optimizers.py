@@ -3,64 +3,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxdec.errors import UserError
 from jaxdec.parallel.rules import path_name
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-  """How parameters follow gradients.
-
-  Attributes:
-    name: ``adamw`` (arXiv 1711.05101), or ``muon`` (arXiv 2502.16982): orthogonalised momentum for
-      the matrices of the blocks, AdamW for embeddings, norms, biases and the LM head.
-    learning_rate: the peak.
-    schedule: after a linear warm-up, ``cosine`` to ``final_ratio``; ``wsd`` (warm-up, stable,
-      decay: arXiv 2404.06395) stays at the peak, then falls linearly; or ``constant``.
-    warmup_steps: steps from 0 to the peak. decay_fraction: share of all steps in which wsd falls.
-    final_ratio: last learning rate as a share of the peak.
-    weight_decay: decoupled, on matrices only (not on embeddings, norms and biases).
-    clip_norm: gradients are scaled down to this global norm; None: never.
-    adam_learning_rate: the AdamW part's peak under ``muon``; None: the same. Muon's updates are
-      scaled to AdamW's usual root mean square (0.2), so one rate fits both.
-    beta1, beta2, eps: AdamW. momentum: Muon.
-  """
-
-  name: Literal["adamw", "muon"] = "adamw"
-  learning_rate: float = 3e-4
-  schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-  warmup_steps: int = 100
-  decay_fraction: float = 0.2
-  final_ratio: float = 0.1
-  weight_decay: float = 0.1
-  clip_norm: float | None = 1.0
-  beta1: float = 0.9
-  beta2: float = 0.95
-  eps: float = 1e-8
-  momentum: float = 0.95
-  adam_learning_rate: float | None = None
-
-  def __post_init__(self):
-    choices = {"name": ("adamw", "muon"), "schedule": ("cosine", "wsd", "constant")}
-    for field, allowed in choices.items():
-      if getattr(self, field) not in allowed:
-        raise UserError(
-          f"optimizer {field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}"
-        )
-    if not self.learning_rate > 0:
-      raise UserError(f"learning_rate must be positive, got {self.learning_rate}")
-    if self.warmup_steps < 0 or not 0 < self.decay_fraction <= 1:
-      raise UserError(
-        f"warmup_steps must be >= 0 and decay_fraction in (0, 1], got {self.warmup_steps} and "
-        f"{self.decay_fraction}"
-      )
+from jaxdec.training.config import OptimizerConfig
 
 
 def schedule(config: OptimizerConfig, steps: int, *, peak: float | None = None) -> optax.Schedule:

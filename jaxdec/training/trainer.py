@@ -11,10 +11,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -29,59 +27,13 @@ from jaxdec.errors import UserError
 from jaxdec.parallel import mesh as mesh_lib
 from jaxdec.parallel import rules as rules_lib
 from jaxdec.training.checkpoints import Checkpoints
-from jaxdec.training.metrics import MetricsWriter, Progress, clock, human, peak_flops
-from jaxdec.training.optimizers import OptimizerConfig, global_norm, make_optimizer, schedule
+from jaxdec.training.config import TrainerConfig
+from jaxdec.training.interruption import Replayable, Stop
+from jaxdec.training.metrics import MetricsWriter, Progress
+from jaxdec.training.optimizers import global_norm, make_optimizer, schedule
+from jaxdec.training.reports import Reports
 from jaxdec.training.run_folder import RunFolder, to_json
 from jaxdec.training.task import Task
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-  """Devices along each mesh axis; one of them may be -1 (all that remain)."""
-
-  data: int = 1
-  fsdp: int = 1
-  tensor: int = 1
-  seq: int = 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainerConfig:
-  """How a task is trained.
-
-  Attributes:
-    work_dir: the run's folder; None keeps nothing (no checkpoints, no metrics file).
-    steps: optimizer steps in all. seed: of the initial parameters and of every step's ``rng``.
-    optimizer: see ``OptimizerConfig``.
-    accumulate: gradients of this many slices of each batch are averaged before a step.
-    log_every: steps between reports; None: about 20 reports a run.
-    eval_every: steps between evaluations; None: only after the last step. Without evaluation data
-      there is none.
-    checkpoint_every: steps between checkpoints; the last step is always saved.
-    keep: how many checkpoints stay on disk.
-    mesh: devices along ``data``, ``fsdp``, ``tensor``, ``seq``.
-    tensorboard: also write TensorBoard files (needs ``tensorboardX``).
-    progress: print reports.
-  """
-
-  work_dir: str | None = None
-  steps: int = 1000
-  seed: int = 0
-  optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-  accumulate: int = 1
-  log_every: int | None = None
-  eval_every: int | None = None
-  checkpoint_every: int = 500
-  keep: int = 2
-  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-  tensorboard: bool = False
-  progress: bool = True
-
-  def __post_init__(self):
-    for name in ("steps", "accumulate", "log_every", "eval_every", "checkpoint_every", "keep"):
-      value = getattr(self, name)
-      if value is not None and value < 1:
-        raise UserError(f"{name} must be at least 1, got {value}")
 
 
 @struct.dataclass
@@ -139,7 +91,7 @@ class Trainer:
     self.config = config
     self.rules = rules
     self.mesh = mesh_lib.make_mesh(**dataclasses.asdict(config.mesh))
-    self._data = data if hasattr(data, "get_state") else _Replayable(data)
+    self._data = data if hasattr(data, "get_state") else Replayable(data)
     self._eval_data = eval_data
     # An iterator is rewound to where it stood for every evaluation.
     self._eval_start = eval_data.get_state() if hasattr(eval_data, "get_state") else None
@@ -327,7 +279,7 @@ class Trainer:
         state = self.init_state()
       if folder is not None:
         writer = MetricsWriter(folder.path, tensorboard=config.tensorboard, resume_step=start)
-      with _Stop() as stop:
+      with Stop() as stop:
         return self._loop(state, start, checkpoints, writer, progress, stop)
     finally:
       progress.close()
@@ -341,7 +293,7 @@ class Trainer:
     frozen = self.place_frozen()
     log_every = config.log_every or max(1, math.ceil(config.steps / 20))
     last: dict[str, Any] = {}
-    reports = _Reports(self, writer, progress)
+    reports = Reports(self, writer, progress)
     step_fn = shape = None
     interrupted = False
     for step in range(start + 1, config.steps + 1):
@@ -393,152 +345,6 @@ class Trainer:
         f"the training data ended before step {step} of {self.config.steps}; repeat the data or "
         "train for fewer steps"
       ) from None
-
-
-class _Reports:
-  """Collects device-side metrics and fetches them one step late, so the device never waits."""
-
-  def __init__(self, trainer: Trainer, writer: MetricsWriter | None, progress: Progress):
-    self._trainer, self._writer, self._progress = trainer, writer, progress
-    self._window: list[dict[str, jax.Array]] = []
-    self._ready: tuple[int, list] | None = None
-    self.last: dict[str, Any] = {}
-
-  def start(self, params, batch, step):
-    tokens = batch.get("tokens", next(iter(batch.values())))
-    self._tokens = int(np.prod(tokens.shape[:2])) * jax.process_count()
-    length = tokens.shape[1] if tokens.ndim > 1 else 1
-    self._flops = self._trainer.task.flops_per_token(params, length)
-    self._time, self._step = time.perf_counter(), step
-    self._begin, self._first = self._time, None
-
-  def add(self, step, metrics):
-    if self._window:
-      # One step of slack bounds how far the host runs ahead.
-      jax.block_until_ready(self._window[-1]["loss"])
-    if self._first is None and step > self._step + 1:
-      # From here on no step compiles, so rates leave the first step out.
-      self._first = time.perf_counter() - self._begin
-      self._progress.line(f"compiled and ran the first step in {clock(self._first)}")
-      self._time, self._step = time.perf_counter(), step - 1
-    if self._ready is not None:
-      self._emit()
-    self._window.append(metrics)
-
-  def request(self, step):
-    """Report the window that ends here, once its numbers have arrived."""
-    self._ready, self._window = (step, self._window), []
-
-  def flush(self):
-    if self._ready is not None:
-      self._emit()
-    elif self._window:
-      self._check(jax.device_get(self._window[-1]))
-
-  def _check(self, metrics):
-    if not np.isfinite(metrics["loss"]):
-      raise UserError(
-        f"the loss is {float(metrics['loss'])}; lower the learning rate or clip harder, and resume "
-        "from the last checkpoint"
-      )
-
-  def _emit(self):
-    step, window = self._ready
-    self._ready = None
-    rows = jax.device_get(window)
-    now = time.perf_counter()
-    for row in rows:
-      self._check(row)
-    names = ["loss", *(name for name in rows[0] if name not in ("loss", "weight"))]
-    values = {name: np.mean([row[name] for row in rows], axis=0) for name in names}
-    values["learning_rate"] = rows[-1]["learning_rate"]
-    spent, steps = now - self._time, step - self._step
-    shown: dict[str, Any] = dict(values)
-    if steps > 0 and spent > 0 and self._first is not None:
-      rate = self._tokens * steps / spent
-      devices = self._trainer.mesh.devices
-      peak = peak_flops(devices.flat[0])
-      values["tokens_per_second"] = rate
-      values["model_flops_per_second"] = rate * self._flops
-      shown[""] = f"{human(rate)} tok/s"
-      if peak is None:
-        shown["model"] = human(rate * self._flops, "FLOP/s")
-      else:
-        values["mfu"] = rate * self._flops / (peak * devices.size)
-        shown["MFU"] = f"{values['mfu']:.1%}"
-      shown["eta"] = clock((self._trainer.config.steps - step) * spent / steps)
-      self._time, self._step = now, step
-    self.last = values
-    if self._writer is not None:
-      self._writer.write(step, "train", values)
-    self._progress.report(step, shown)
-
-  def evaluated(self, step, values, seconds):
-    self._time += seconds  # evaluation is no training time
-    if self._writer is not None:
-      self._writer.write(step, "eval", values)
-    self._progress.report(step, {"eval:": "", **values})
-
-
-class _Stop:
-  """Turns SIGTERM and the first Ctrl-C into a request to stop after the step under way.
-
-  With several processes, all must stop after the same step, so JAX's preemption service decides
-  (``jax.distributed.initialize`` has it listen for SIGTERM) and no handler is set here.
-  """
-
-  def __enter__(self) -> _Stop:
-    self._asked = False
-    self._old = {}
-    # Signal handlers belong to the main thread; elsewhere (a notebook's worker) none is set.
-    main = threading.current_thread() is threading.main_thread()
-    if main and jax.process_count() == 1:
-      for name in (signal.SIGTERM, signal.SIGINT):
-        self._old[name] = signal.signal(name, self._ask)
-    return self
-
-  def _ask(self, number, frame):
-    del frame
-    if number == signal.SIGINT and self._asked:
-      raise KeyboardInterrupt
-    self._asked = True
-
-  def requested(self, step: int) -> bool:
-    """Whether to stop after ``step``; the same answer on every process."""
-    if jax.process_count() == 1:
-      return self._asked
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.reached_preemption_sync_point(step)
-
-  def __exit__(self, *unused):
-    for name, handler in self._old.items():
-      signal.signal(name, handler)
-
-
-class _Replayable:
-  """Gives a plain iterable a position: how many batches were read."""
-
-  def __init__(self, data: Iterable[Mapping[str, np.ndarray]]):
-    self._data, self._iterator, self._read = data, None, 0
-
-  def __iter__(self) -> Iterator:
-    return self
-
-  def __next__(self):
-    if self._iterator is None:
-      self._iterator = iter(self._data)
-    batch = next(self._iterator)
-    self._read += 1
-    return batch
-
-  def get_state(self) -> dict[str, int]:
-    return {"read": self._read}
-
-  def set_state(self, state: Mapping[str, int]) -> None:
-    self._iterator, self._read = iter(self._data), 0
-    for _ in range(int(state["read"])):
-      next(self)
 
 
 def _shape(batch: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -2,13 +2,15 @@
 """A language model small enough to train in a test, and data whose position is exact.
 
 Run as a script it is one training run, killed where told:
-``python tiny.py WORK_DIR [--kill-at STEP] [--pause SECONDS]``.
+``python tiny.py WORK_DIR [--kill-at STEP | --full-at STEP] [--pause SECONDS]``.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import pathlib
+import resource
 import signal
 import time
 
@@ -21,8 +23,10 @@ VOCAB, LENGTH, ROWS = 64, 16, 8
 class Batches:
   """Packed batches of a learnable sequence: ``next = 3 * token + 1 mod V``, two documents a row."""
 
-  def __init__(self, rows: int = ROWS, *, seed: int = 0, kill_at: int | None = None, pause=0.0):
-    self.rows, self.seed, self.kill_at, self.pause = rows, seed, kill_at, pause
+  def __init__(self, rows: int = ROWS, *, seed: int = 0, kill_at=None, full_at=None, pause=0.0):
+    self.rows, self.seed, self.pause = rows, seed, pause
+    self.kill_at, self.full_at = kill_at, full_at
+    self.saved = pathlib.Path("checkpoints/4")
     self.index = 0
 
   def __iter__(self):
@@ -32,6 +36,11 @@ class Batches:
     self.index += 1
     if self.index == self.kill_at:
       os.kill(os.getpid(), signal.SIGKILL)
+    if self.index == self.full_at:
+      while not self.saved.exists():  # the save before this one, still under way
+        time.sleep(0.01)
+      # Like a full disk: reports still fit, a checkpoint's arrays do not.
+      resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, resource.RLIM_INFINITY))
     time.sleep(self.pause)
     rng = np.random.default_rng((self.seed, self.index))
     half = LENGTH // 2
@@ -80,11 +89,13 @@ def main():
   parser = argparse.ArgumentParser()
   parser.add_argument("work_dir")
   parser.add_argument("--kill-at", type=int)
+  parser.add_argument("--full-at", type=int)
   parser.add_argument("--pause", type=float, default=0.0)
   args = parser.parse_args()
   from jaxdec.training import Trainer
 
-  data = Batches(kill_at=args.kill_at, pause=args.pause)
+  data = Batches(kill_at=args.kill_at, full_at=args.full_at, pause=args.pause)
+  data.saved = pathlib.Path(args.work_dir) / data.saved
   result = Trainer(task(), config(args.work_dir, "muon", progress=True), data=data).train()
   print("interrupted" if result.interrupted else "finished", result.step, flush=True)
 
