@@ -3,30 +3,44 @@
 
 from jaxdec.drafting.base import Accepted, Context, Drafter, Prompt, Target, TargetOutput
 from jaxdec.drafting.draft_model import DraftModel
+from jaxdec.drafting.dynamic_tree import DynamicTree
+from jaxdec.drafting.eagle3 import DraftVocabulary, Eagle3
+from jaxdec.drafting.hydra import Hydra, HydraPlusPlus
+from jaxdec.drafting.medusa import Medusa
 from jaxdec.drafting.merge import merge_paths
 from jaxdec.drafting.prompt_lookup import PromptLookup
 from jaxdec.drafting.registry import get, names, register
 from jaxdec.drafting.selection import argmax, top_k
 from jaxdec.drafting.static_tree import StaticTree, expected_tokens, greedy_tree
 from jaxdec.drafting.token_recycling import TokenRecycling
+from jaxdec.drafting.trained import TrainedDrafter
 from jaxdec.drafting.tree import Tree, chain
 
 register("none", lambda: None)
 register("draft_model", DraftModel)
 register("prompt_lookup", PromptLookup)
 register("token_recycling", TokenRecycling)
+for _kind in (Medusa, Hydra, HydraPlusPlus, Eagle3):
+  register(_kind.name, _kind.from_name)
 
 __all__ = [
   "Accepted",
   "Context",
   "DraftModel",
+  "DraftVocabulary",
   "Drafter",
+  "DynamicTree",
+  "Eagle3",
+  "Hydra",
+  "HydraPlusPlus",
+  "Medusa",
   "Prompt",
   "PromptLookup",
   "StaticTree",
   "Target",
   "TargetOutput",
   "TokenRecycling",
+  "TrainedDrafter",
   "Tree",
   "argmax",
   "chain",

@@ -130,6 +130,16 @@ class TrainedDrafter(Drafter):
     """A drafter that fits the decoder ``config``; ``options`` are its other fields."""
     return cls(dim=config.dim, vocab_size=config.vocab_size, logit_cap=config.logit_cap, **options)
 
+  @classmethod
+  def from_name(cls, config: DecoderConfig | None = None, **options) -> TrainedDrafter:
+    """What the registry calls: like ``for_target``, and a clear word where there is no target."""
+    if config is None:
+      raise UserError(
+        f"drafter {cls.name!r} must be distilled for its target first; pass the folder of a "
+        "distilled run, or build one for training with config=<the target's configuration>"
+      )
+    return cls.for_target(config, **options)
+
   @property
   def depth_limit(self) -> int:
     """Deepest draft the drafter can make."""

@@ -132,7 +132,7 @@ def test_tree_holds_the_best_nodes_of_all_when_small():
 
 
 def test_dynamic_covers_more_mass_than_static():
-  """The path probabilities sum to the expected accepted drafts: more than the best static tree's."""
+  """Path probabilities sum to the expected accepted drafts: more than the best static tree's."""
   spec = DynamicTree(num_nodes=10, max_depth=4, width=4)
   mass = {"dynamic": [], "static": []}
   tables = [table(seed, 2.5) for seed in range(6)]

@@ -19,6 +19,7 @@ from toy_target import (
   target,
 )
 
+from jaxdec import drafting
 from jaxdec.drafting.base import Accepted, Context, Prompt, TargetOutput
 from jaxdec.drafting.losses import (
   cross_entropy,
@@ -236,5 +237,8 @@ def test_errors_say_what_to_change():
   with pytest.raises(UserError, match="too short to train 4"):
     batch = random_batch(0, length=5)
     loss_of(medusa(t), init(medusa(t), t), t, run(t, batch), batch)
+  with pytest.raises(UserError, match="'medusa' must be distilled for its target first"):
+    drafting.get("medusa")
+  assert drafting.get("medusa", config=t.model.config, num_heads=2) == medusa(t, num_heads=2)
   with pytest.raises(UserError, match="objective"):
     medusa(t, objective="both")

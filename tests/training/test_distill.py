@@ -52,7 +52,7 @@ def small_config(**options):
 
 
 def numpy_batch(seed, rows=2, length=16):
-  return {k: np.asarray(v) for k, v in random_batch(seed, rows, length).items()}
+  return {k: np.array(v) for k, v in random_batch(seed, rows, length).items()}
 
 
 def test_target_stays_bit_identical_and_gets_no_gradient():
