@@ -22,17 +22,26 @@ from jaxdec.report.plots import benchmark as plot
 
 BASELINE = "autoregressive"
 
+
+def _percent(accepted: Sequence[float]) -> str:
+  """The first five depths in per cent, to fit a table into 80 columns."""
+  return " ".join(f"{100 * share:.0f}" for share in accepted[:5]) or "–"
+
+
 COLUMNS = (
-  Column("drafter", align="left"),
-  Column("temperature", "T", "g"),
-  Column("nodes"),
-  Column("tokens_per_step", "tokens/step", ".2f"),
-  Column("accepted_by_depth", "accepted by depth", ".2f", align="left"),
-  Column("target_passes", "target passes", ",d"),
-  Column("tokens_per_second", "tokens/s", ",.0f"),
-  Column("speedup", "speed-up", ".2f"),
-  Column("identical", "identical to autoregressive", align="left"),
-)
+  Column("drafter", align="left", terminal="drafter"),
+  Column("temperature", "T", "g", terminal="T"),
+  Column("nodes", terminal=""),
+  Column("tokens_per_step", "tokens/step", ".2f", terminal="tokens\nper step"),
+  Column(
+    "accepted_by_depth", "accepted by depth", ".2f", align="left",
+    terminal="accepted\nby depth, %", shorten=_percent,
+  ),
+  Column("target_passes", "target passes", ",d", terminal="target\npasses"),
+  Column("tokens_per_second", "tokens/s", ",.0f", terminal="tokens\nper s"),
+  Column("speedup", "speed-up", ".2f", terminal="speed-\nup"),
+  Column("identical", "identical to autoregressive", align="left", terminal="identical"),
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

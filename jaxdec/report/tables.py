@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 
@@ -19,12 +19,17 @@ class Column:
     title: heading; defaults to the key.
     spec: format spec for numbers (``".2f"``); other values are written with ``str``.
     align: side the cells are set to.
+    terminal: heading for the terminal, narrow by its own line breaks ("" hides the column there);
+      cells of such a column are never broken.
+    shorten: text of a value for the terminal, where that differs.
   """
 
   key: str
   title: str = ""
   spec: str = ""
   align: Literal["left", "right"] = "right"
+  terminal: str | None = None
+  shorten: Callable[[Any], str] | None = None
 
   def text(self, row: Mapping[str, Any]) -> str:
     """The cell of ``row``: a dash for no value or NaN, spaces between the items of a sequence."""
@@ -85,11 +90,23 @@ class Table:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    table = RichTable(title=self.title or None, box=box.SIMPLE_HEAD, title_justify="left")
-    for column in self.columns:
-      table.add_column(column.title or column.key, justify=column.align, overflow="fold")
+    table = RichTable(
+      title=self.title or None, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False,
+      pad_edge=False, collapse_padding=True,
+    )  # fmt: skip
+    shown = [column for column in self.columns if column.terminal != ""]
+    for column in shown:
+      title = column.terminal or column.title or column.key
+      table.add_column(
+        title, justify=column.align, overflow="fold", no_wrap=column.terminal is not None
+      )
     for row in self.rows:
-      table.add_row(*(Text(column.text(row)) for column in self.columns))
+      table.add_row(
+        *(
+          Text(column.text(row) if column.shorten is None else column.shorten(row.get(column.key)))
+          for column in shown
+        )
+      )
     return table
 
 
