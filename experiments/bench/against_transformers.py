@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Autoregressive decoding against transformers: tokens/s on the same weights and cores.
 
-Command:   python experiments/bench/against_transformers.py    (needs the `compare` extra)
-Expected:  on 2 cores, float32, batch 1, greedy: at least 2.0x on the embedded model's shape and 1.0x
-           on a 134M-parameter Llama shape.
+Command:   python experiments/bench/against_transformers.py   (needs the `compare` extra)
+Expected:  on 2 cores, float32, batch 1, greedy: at least 2.0x on the embedded model's shape and
+           1.0x on a 134M-parameter Llama shape.
 
 Both decode the same prompts greedily with a cache; transformers runs its own ``generate`` with its
 default attention (SDPA) and two threads. A time is that of the whole call, prefill included.
@@ -119,7 +119,7 @@ def main() -> None:
   rows = [measure(name, config) for name in shapes]
   table = Table(
     [
-      Column("shape", "shape"),
+      Column("shape", "shape", align="left"),
       Column("parameters", "parameters", ",d"),
       Column("ours", "jaxdec tokens/s", ".0f"),
       Column("transformers", "transformers tokens/s", ".0f"),

@@ -2,8 +2,8 @@
 """Records what transformers computes on the tiny checkpoints of ``tests/models/parity_cases.py``.
 
 Run with the ``compare`` extra installed: ``python tests/data/make_parity.py``. Writes one
-``tests/data/parity/<case>.npz`` a case: configuration, tensor shapes and checksum, tokens, logits, and
-the greedy continuation with the smallest gap between its two best logits.
+``tests/data/parity/<case>.npz`` a case: configuration, tensor shapes and checksum, tokens,
+logits, and the greedy continuation with the smallest gap between its two best logits.
 """
 
 from __future__ import annotations

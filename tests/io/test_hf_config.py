@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""config.json: everything is understood, bookkeeping, or an error that names it; and the way back."""
+"""config.json: a field is understood, bookkeeping, or an error that names it; and the way back."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_defaults_of_absent_fields_are_the_familys():
     ({"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0],
                                              "long_factor": [1.0]}}, ["'longrope'", "Phi3"]),
     ({"model_type": "gemma3_text", "attn_logit_softcapping": 30.0}, ["attn_logit_softcapping"]),
-    ({"model_type": "gemma2", "use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
+    ({"model_type": "gemma2", "use_bidirectional_attention": True}, ["bidirectional_attention"]),
     ({"model_type": "gemma2", "hidden_act": "silu"}, ["contradicts"]),
   ],
 )  # fmt: skip

@@ -94,7 +94,7 @@ def test_drafter_errors(lm, tmp_path, monkeypatch):
   with pytest.raises(UserError, match="no drafter"):
     lm.drafter(tmp_path)
   monkeypatch.setattr("jaxdec.lm.TINY", tmp_path)
-  with pytest.raises(UserError, match="no trained 'hydra' drafter.*jaxdec distill"):
+  with pytest.raises(UserError, match=r"no trained 'hydra' drafter.*jaxdec distill"):
     lm.drafter("hydra")
   with pytest.raises(UserError, match="lacks the embedded model"):
     jaxdec.tiny()

@@ -120,7 +120,7 @@ def test_truncated_header(folder, size):
   path = folder / "model.safetensors"
   path.write_bytes(path.read_bytes()[:size])
   message = error_of(folder)
-  assert "model.safetensors" in message and f"{size} bytes" in message or f"has {size}" in message
+  assert ("model.safetensors" in message and f"{size} bytes" in message) or f"has {size}" in message
 
 
 @pytest.mark.parametrize("content", [b"\x80" * 100, struct.pack("<Q", 4) + b"nope" + b"\0" * 50])

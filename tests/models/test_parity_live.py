@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same parity against the transformers that is installed, and the way back: what we save, it loads."""
+"""The same parity against the installed transformers, and the way back: what we save, it loads."""
 
 from __future__ import annotations
 
