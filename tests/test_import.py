@@ -33,11 +33,10 @@ def test_import_loads_the_standard_library_only():
 
 def test_public_names_load_no_foreign_framework_and_touch_no_device():
   code = (
-    "import json, os, sys; before = dict(os.environ); import jaxdec\n"
+    "import json, os, sys, jax; before = dict(os.environ); import jaxdec\n"
     "for name in jaxdec.__all__: getattr(jaxdec, name)\n"
     "import jaxdec.drafting, jaxdec.training, jaxdec.models, jaxdec.decoding\n"
     "from jax._src import xla_bridge\n"
-    "import jax\n"
     f"print(json.dumps({{'foreign': [m for m in {FORBIDDEN} if m in sys.modules],\n"
     "  'backends': list(xla_bridge._backends), 'env': dict(os.environ) == before,\n"
     "  'x64': jax.config.jax_enable_x64}))"

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every drafter on the embedded model, side by side: the committed table.
 
-Command:   python experiments/bench/run.py                (about an hour on 2 cores, mostly training)
+Command:   python experiments/bench/run.py                (about an hour on 2 cores)
            python experiments/bench/run.py --preset tiny  (a few minutes; shows that it runs)
-Expected:  every output identical to plain decoding, greedy and at temperature 1; the best drafter at
-           least 1.6 times as fast as our own autoregressive loop; Hydra at least 10 % more tokens per
-           step than Medusa with the same training budget and trees of at most 16 nodes.
+Expected:  every output identical to plain decoding, greedy and at temperature 1; the best drafter
+           at least 1.6 times as fast as our own autoregressive loop; Hydra at least 10 % more
+           tokens per step than Medusa with the same training budget and trees of at most 16 nodes.
 
-Heads are trained into ``--work-dir`` (a run that is there already is reused, an interrupted one goes
-on); EAGLE-3 is the one that comes with the package. Prompts are cut from test-split files. Results
+Heads are trained into ``--work-dir`` (a run that is there is reused, an interrupted one goes on);
+EAGLE-3 is the one that comes with the package. Prompts are cut from test-split files. Results
 replace those in ``experiments/bench/results/drafters``.
 """
 
