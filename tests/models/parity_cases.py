@@ -36,7 +36,7 @@ CASES: dict[str, tuple[str, dict]] = {
     rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0))),
   "llama_yarn": ("LlamaConfig", dict(
     _TINY, head_dim=16,
-    rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=4.0, beta_fast=16.0,
+    rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=4.0, beta_fast=2.0,
                          original_max_position_embeddings=32, truncate=False))),
   "llama_yarn_mscale": ("LlamaConfig", dict(
     _TINY, head_dim=12, num_key_value_heads=1,
