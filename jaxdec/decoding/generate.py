@@ -218,7 +218,7 @@ def _run(
   prefill_seconds = clock.lap()
 
   rows = [RowText(tokenizer, stops.strings) for _ in prompts]
-  finished = [False] * batch
+  finished, sent = [False] * batch, [0] * batch
   seen = np.asarray([len(p) for p in prompts])
   snapshot = jax.tree.map(jnp.copy, carry) if profile and drafter else None
   if stops.strings:
@@ -231,11 +231,12 @@ def _run(
     for i, row in enumerate(rows):
       if finished[i]:
         continue
-      fresh = row.extend([int(t) for t in new_history[i, seen[i] : new_length[i] + 1]])
+      row.extend([int(t) for t in new_history[i, seen[i] : new_length[i] + 1]])
       seen[i] = new_length[i] + 1
       finished[i] = bool(done[i]) or row.stopped
-      if (fresh and interval is not None) or finished[i]:
-        yield Piece(i, fresh, row.take(finished[i]), finished[i])
+      if finished[i] or (interval is not None and len(row.tokens) > sent[i]):
+        yield Piece(i, row.tokens[sent[i] :], row.take(finished[i]), finished[i])
+        sent[i] = len(row.tokens)
     if all(finished):
       break
     until = until + interval if interval else capacity

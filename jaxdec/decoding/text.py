@@ -22,14 +22,14 @@ class RowText:
     self.stopped = False
     self._sent = 0
 
-  def extend(self, tokens: list[int]) -> list[int]:
-    """Adds tokens, up to the one that completes a stop string; returns those kept."""
+  def extend(self, tokens: list[int]) -> None:
+    """Adds tokens, up to the one that completes a stop string."""
     if self.stopped or not tokens:
-      return []
+      return
     before = len(self.tokens)
     self.tokens += tokens
     if self.tokenizer is None:
-      return tokens
+      return
     self.text = self.tokenizer.decode(self.tokens)
     if any(s in self.text for s in self.strings):
       # Decode ever longer prefixes: the first that holds a stop string ends the row.
@@ -39,7 +39,6 @@ class RowText:
         if found:
           self.tokens, self.text, self.stopped = self.tokens[:n], text[: min(found)], True
           break
-    return self.tokens[before:]
 
   def take(self, final: bool) -> str | None:
     """Text that can't change any more and was not taken before.

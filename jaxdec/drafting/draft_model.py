@@ -44,7 +44,8 @@ class DraftModel(Drafter):
     model: the draft ``Decoder``.
     num_drafts: chain length (gamma).
     draws: how drafts are made at temperature > 0. ``greedy``: the argmax. ``shared``: with the
-      noise the target will use at that position, which raises the match rate to at least (1 - TV) / (1 + TV) (arXiv 2408.07978). ``sampled``: with noise of its own, and the law q is
+      noise the target will use at that position, which raises the match rate to at least
+      (1 - TV) / (1 + TV) (arXiv 2408.07978). ``sampled``: with noise of its own, and the law q is
       handed on: what rule ``ratio`` needs.
   """
 

@@ -88,7 +88,10 @@ def test_draws_have_the_law(sampler):
   assert chi_square_p(np.bincount(np.asarray(drawn).ravel(), minlength=11), law) > 1e-4
   # Neighbouring positions are independent: the pairs have the product law.
   pairs = np.asarray(drawn)[:, :-1] * 11 + np.asarray(drawn)[:, 1:]
-  assert chi_square_p(np.bincount(pairs[:, ::2].ravel(), minlength=121), np.outer(law, law).ravel()) > 1e-4
+  assert (
+    chi_square_p(np.bincount(pairs[:, ::2].ravel(), minlength=121), np.outer(law, law).ravel())
+    > 1e-4
+  )
 
 
 def test_noise_is_a_function_of_request_and_position_alone():
@@ -113,8 +116,10 @@ def test_seed_lists_give_each_row_what_it_has_alone():
 
 def test_purposes_have_independent_noise():
   keys, position = request_keys(0, 1), jnp.asarray([6])
-  noise = [np.asarray(gumbel(position_keys(keys, position, tag), 2000))[0]
-           for tag in (None, ACCEPT, RESAMPLE, DRAFT)]
+  noise = [
+    np.asarray(gumbel(position_keys(keys, position, tag), 2000))[0]
+    for tag in (None, ACCEPT, RESAMPLE, DRAFT)
+  ]
   correlation = np.corrcoef(noise) - np.eye(4)
   assert np.abs(correlation).max() < 0.1  # 4.5 standard errors
 
