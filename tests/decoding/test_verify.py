@@ -52,6 +52,20 @@ def sampled_chain(q_logits, sampler, keys, length, depth=2):
   return chain(jnp.zeros(len(length), jnp.int32), drafts, draft_probs=q)
 
 
+# Arrays are arguments, not closures: XLA would fold constants of this size at compile time.
+@functools.partial(jax.jit, static_argnames=("rule", "sampler"))
+def decide(rule, tree, logits, keys, length, sampler=PLAIN):
+  return rule(tree, logits, sampler, keys, length)
+
+
+@functools.partial(jax.jit, static_argnames=("sampler", "draft_sampler", "tamper"))
+def speculate(p, q, keys, length, *, sampler=PLAIN, draft_sampler=PLAIN, tamper=None):
+  """Drafts from q, judges with p by rule ratio; ``tamper`` breaks the tree in between."""
+  tree = sampled_chain(q, draft_sampler, keys, length, len(q))
+  tree = tree if tamper is None else tamper(tree, q)
+  return Ratio()(tree, rows(p, len(keys)), sampler, keys, length)
+
+
 # --- match --------------------------------------------------------------------------------------
 
 
@@ -81,7 +95,7 @@ def random_case(nodes: int, depth: int, vocab: int = 3, b: int = 500):
 def test_match_equals_its_whole_tree_specification(sampler, nodes, depth):
   tree, logits = random_case(nodes, depth)
   request, length = request_keys(1, 500), jnp.arange(500, dtype=jnp.int32) % 50
-  got = jax.jit(Match().__call__, static_argnums=2)(tree, logits, sampler, request, length)
+  got = decide(Match(), tree, logits, request, length, sampler)
   want = jax.jit(match_whole_tree, static_argnums=2)(tree, logits, sampler, request, length)
   np.testing.assert_array_equal(got.count, want.count)
   inside = np.arange(tree.max_depth + 1) < np.asarray(got.count)[:, None]
@@ -124,13 +138,14 @@ def test_match_has_the_law_with_duplicate_siblings_and_node_keys_do_not():
   logits = rows(p[depth])
   length = jnp.zeros(ROWS, jnp.int32)
   keys = request_keys(0, ROWS)
-  out = jax.jit(lambda: Match()(tree, logits, PLAIN, keys, length))()
+  out = decide(Match(), tree, logits, keys, length)
   assert chi_square_p(first_counts(out), law_of(p[0])) > 1e-4
   second = np.asarray(out.tokens[:, 1])[np.asarray(out.count) > 1]
   assert chi_square_p(np.bincount(second, minlength=7), law_of(p[1])) > 1e-4
 
   # Negative control: one key per node, the deepest path wins; duplicates then get several tries.
-  def node_keys():
+  @jax.jit
+  def node_keys(tree, logits, keys):
     own = position_keys(keys, jnp.broadcast_to(jnp.arange(7), (ROWS, 7)))
     drawn = argmax(logits + gumbel(own, 7))
     hit = (tree.tokens == jnp.take_along_axis(drawn, tree.parent, axis=1)).at[:, 0].set(True)
@@ -143,20 +158,17 @@ def test_match_has_the_law_with_duplicate_siblings_and_node_keys_do_not():
       jnp.take_along_axis(drawn, path, axis=1),
     )
 
-  wrong = jax.jit(node_keys)()
+  wrong = node_keys(tree, logits, keys)
   second = np.asarray(wrong.tokens[:, 1])[np.asarray(wrong.count) > 1]
   assert chi_square_p(np.bincount(second, minlength=7), law_of(p[1])) < 1e-6
 
 
 def test_noise_differs_from_step_to_step():
   p, _ = laws()
-  tree = chain(jnp.zeros(1, jnp.int32), jnp.zeros((1, 1), jnp.int32))
-  logits = p[None, :2]
-  keys = request_keys(0, 1)
-  drawn = {
-    int(Match()(tree, logits, PLAIN, keys, jnp.asarray([n])).tokens[0, 0]) for n in range(40)
-  }
-  assert len(drawn) > 2
+  tree = chain(jnp.zeros(40, jnp.int32), jnp.zeros((40, 1), jnp.int32))
+  keys = jnp.repeat(request_keys(0, 1), 40)  # one request at 40 lengths
+  out = Match()(tree, rows(p[:2], 40), PLAIN, keys, jnp.arange(40))
+  assert len(set(out.tokens[:, 0].tolist())) > 2
 
 
 # --- ratio --------------------------------------------------------------------------------------
@@ -167,12 +179,7 @@ def test_ratio_has_the_law_and_accepts_the_overlap(sampler):
   p, q = laws()
   keys, length = request_keys(2, ROWS), jnp.full(ROWS, 9)
 
-  @jax.jit
-  def run():
-    tree = sampled_chain(q, sampler, keys, length)
-    return Ratio()(tree, rows(p), sampler, keys, length)
-
-  out = run()
+  out = speculate(p, q, keys, length, sampler=sampler, draft_sampler=sampler)
   assert chi_square_p(first_counts(out), law_of(p[0], sampler)) > 1e-4
   count = np.asarray(out.count)
   second = np.asarray(out.tokens[:, 1])[count > 1]
@@ -189,44 +196,34 @@ def test_ratio_has_the_law_and_accepts_the_overlap(sampler):
   assert abs((count > 1).mean() - overlap) < 4 * error
 
 
-def wrong_q_processed(tree, sampler):
+def unprocessed_q(tree, q):
   """q without the top-k the drafts were drawn with."""
-  raw = jnp.exp(jax.nn.log_softmax(laws()[1][:2] / sampler.temperature))
-  return tree.replace(draft_probs=jnp.concatenate([tree.draft_probs[:, :1], rows(raw)], axis=1))
+  raw = rows(jax.nn.softmax(q), len(tree.tokens))
+  return tree.replace(draft_probs=jnp.concatenate([tree.draft_probs[:, :1], raw], axis=1))
 
 
-def wrong_top_k(tree, sampler):
+def best_tokens(tree, q):
   """The likeliest token, verified as if it had been drawn."""
-  best = jnp.argmax(laws()[1][:2], axis=-1)
-  return tree.replace(tokens=tree.tokens.at[:, 1:].set(best[None]))
+  return tree.replace(tokens=tree.tokens.at[:, 1:].set(jnp.argmax(q, axis=-1)[None]))
 
 
-@pytest.mark.parametrize("broken, sampler", [
-  (wrong_q_processed, Sampler(temperature=1.0, top_k=3)), (wrong_top_k, PLAIN),
-])  # fmt: skip
-def test_negative_controls_fail(broken, sampler):
+@pytest.mark.parametrize("tamper", [unprocessed_q, best_tokens])
+def test_negative_controls_fail(tamper):
   p, q = laws()
   keys, length = request_keys(4, ROWS), jnp.zeros(ROWS, jnp.int32)
-  # The target keeps its whole law; only the drafts are drawn with the sampler's top-k.
-  run = jax.jit(
-    lambda: Ratio()(
-      broken(sampled_chain(q, sampler, keys, length), sampler), rows(p), PLAIN, keys, length
-    )
-  )
-  assert chi_square_p(first_counts(run()), law_of(p[0])) < 1e-6
-  # and the same drafts pass where q is the law they were drawn from
-  if broken is wrong_q_processed:
-    good = jax.jit(
-      lambda: Ratio()(sampled_chain(q, sampler, keys, length), rows(p), PLAIN, keys, length)
-    )
-    assert chi_square_p(first_counts(good()), law_of(p[0])) > 1e-4
+  # The target keeps its whole law; only the drafts are drawn with a top-k.
+  draft_sampler = Sampler(temperature=1.0, top_k=3)
+  wrong = speculate(p, q, keys, length, draft_sampler=draft_sampler, tamper=tamper)
+  assert chi_square_p(first_counts(wrong), law_of(p[0])) < 1e-6
+  right = speculate(p, q, keys, length, draft_sampler=draft_sampler)
+  assert chi_square_p(first_counts(right), law_of(p[0])) > 1e-4
 
 
 def test_drafts_made_with_the_targets_noise_match_more_often_and_keep_the_law():
   p, q = laws()
   keys, length = request_keys(6, ROWS), jnp.zeros(ROWS, jnp.int32)
-  drafts = PLAIN.draw(rows(q), keys, length[:, None] + 1 + jnp.arange(2))
-  out = jax.jit(lambda: Match()(chain(length, drafts), rows(p), PLAIN, keys, length))()
+  drafts = jax.jit(PLAIN.draw)(rows(q), keys, length[:, None] + 1 + jnp.arange(2))
+  out = decide(Match(), chain(length, drafts), rows(p), keys, length)
   assert chi_square_p(first_counts(out), law_of(p[0])) > 1e-4
   distance = 0.5 * np.abs(law_of(p[0]) - law_of(q[0])).sum()
   rate = (np.asarray(out.count) > 1).mean()
@@ -236,26 +233,17 @@ def test_drafts_made_with_the_targets_noise_match_more_often_and_keep_the_law():
 
 def test_self_draft_is_always_accepted():
   p, _ = laws()
-  n = 20_000
-  keys, length = request_keys(0, n), jnp.zeros(n, jnp.int32)
-  run = jax.jit(
-    lambda: Ratio()(sampled_chain(p[:2], PLAIN, keys, length), rows(p, n), PLAIN, keys, length)
-  )
-  out = run()
-  assert (np.asarray(out.count) == 3).mean() >= 0.999
+  keys, length = request_keys(0, ROWS), jnp.zeros(ROWS, jnp.int32)
+  assert (np.asarray(speculate(p, p[:2], keys, length).count) == 3).mean() >= 0.999
 
 
 def test_disjoint_drafts_are_never_accepted_and_the_law_survives():
-  p = jnp.asarray([[0.0, 1.0, -jnp.inf, -jnp.inf]] * 2)
-  q = jnp.asarray([[-jnp.inf, -jnp.inf, 0.0, 0.5]])
-  n = 50_000
-  keys, length = request_keys(0, n), jnp.zeros(n, jnp.int32)
-  run = jax.jit(
-    lambda: Ratio()(sampled_chain(q, PLAIN, keys, length, 1), rows(p, n), PLAIN, keys, length)
-  )
-  out = run()
+  p = jnp.where(jnp.arange(7) < 3, laws()[0], -jnp.inf)
+  q = jnp.where(jnp.arange(7) >= 3, laws()[1], -jnp.inf)
+  keys, length = request_keys(0, ROWS), jnp.zeros(ROWS, jnp.int32)
+  out = speculate(p, q, keys, length)
   assert np.all(np.asarray(out.count) == 1)
-  assert chi_square_p(first_counts(out, 4), law_of(p[0])) > 1e-4
+  assert chi_square_p(first_counts(out), law_of(p[0])) > 1e-4
 
 
 def test_zero_probability_is_rejected_even_at_u_equal_zero(monkeypatch):
@@ -281,13 +269,14 @@ def test_q_underflow_gives_no_nan():
   assert out.count.tolist() == [1] and 0 <= int(out.tokens[0, 0]) < 3
 
 
+def nothing_valid(tree, q):
+  return tree.replace(valid=tree.valid.at[:, 1:].set(False))
+
+
 def test_a_draft_that_was_not_made_leaves_the_target_law():
   p, q = laws()
-  n = 50_000
-  keys, length = request_keys(8, n), jnp.zeros(n, jnp.int32)
-  tree = sampled_chain(q, PLAIN, keys, length)
-  tree = tree.replace(valid=tree.valid.at[:, 1:].set(False))
-  out = jax.jit(lambda: Ratio()(tree, rows(p, n), PLAIN, keys, length))()
+  keys, length = request_keys(8, ROWS), jnp.zeros(ROWS, jnp.int32)
+  out = speculate(p, q, keys, length, tamper=nothing_valid)
   assert np.all(np.asarray(out.count) == 1)
   assert chi_square_p(first_counts(out), law_of(p[0])) > 1e-4
 
