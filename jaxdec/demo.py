@@ -138,7 +138,7 @@ def _job(name: str, folder: Path, config: DemoConfig, steps: int) -> DistillConf
   would cost more than the layers it saves."""
   return DistillConfig(
     drafter=name,
-    options={"share_head": True, "num_heads": 4},
+    options={"share_head": True, "num_heads": 4, "objective": "soft"},
     batch_size=8,
     seq_len=256,
     num_nodes=NODES,

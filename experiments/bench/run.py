@@ -57,7 +57,7 @@ def job(name: str, config: Config, work_dir: Path) -> DistillConfig:
   """The distillation of one drafter; ``work_dir/name-steps`` is its folder."""
   return DistillConfig(
     drafter=name,
-    options={"share_head": True, "num_heads": 4},
+    options={"share_head": True, "num_heads": 4, "objective": "soft"},
     batch_size=config.batch_size,
     seq_len=config.seq_len,
     num_nodes=config.nodes,

@@ -93,6 +93,8 @@ class Distill:
   """Draft depths that are trained."""
   tree_nodes: int = 16
   """Nodes of the draft tree that is chosen afterwards, root included."""
+  objective: Literal["soft", "hard"] = "soft"
+  """Learn the model's distributions, or the tokens of the text."""
   own_heads: bool = False
   """An LM head of its own for each depth (medusa, hydra) instead of the target's."""
   batch_size: int = 8

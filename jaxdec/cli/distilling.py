@@ -31,7 +31,7 @@ def settings(config: configs.Distill, mesh: dict[str, int], work_dir: str):
   from jaxdec.distillation import DistillConfig
   from jaxdec.training import MeshConfig, OptimizerConfig, TrainerConfig
 
-  options: dict[str, Any] = {"num_heads": config.num_heads}
+  options: dict[str, Any] = {"num_heads": config.num_heads, "objective": config.objective}
   if config.drafter == "eagle3":
     if config.own_heads:
       raise UserError("eagle3 has one head of its own anyway; leave --own-heads out")
