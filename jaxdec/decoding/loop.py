@@ -126,13 +126,32 @@ def _decode(
   rule: Rule,
 ) -> Carry:
   """Steps until all rows are done or ``carry.steps`` is ``until``; ``stopped`` rows are done."""
-  step = plain_step if drafter is None else draft_step
 
-  def body(c):
-    return step(c, params, draft_params, request, model, drafter, sampler, rule)
+  def repeat(step, c, wanted=lambda c: True):
+    def body(c):
+      return step(c, params, draft_params, request, model, drafter, sampler, rule)
+
+    def go_on(c):
+      return (c.steps < until) & ~jnp.all(c.done) & wanted(c)
+
+    return jax.lax.while_loop(go_on, body, c)
 
   carry = carry.replace(done=carry.done | stopped)
-  return jax.lax.while_loop(lambda c: (c.steps < until) & ~jnp.all(c.done), body, carry)
+  if drafter is None:
+    return repeat(plain_step, carry)
+  if not drafter.may_pass:
+    return repeat(draft_step, carry)
+
+  def drafts(c):
+    context = make_context(c, params, request, model, sampler)
+    return jnp.any(drafter.has_draft(draft_params, c.draft, context) & ~c.done)
+
+  # Two loops in turn rather than a branch in one: a branch would copy the target's state.
+  def turn(c):
+    c = repeat(plain_step, c, lambda c: ~drafts(c))
+    return repeat(draft_step, c, drafts)
+
+  return jax.lax.while_loop(lambda c: (c.steps < until) & ~jnp.all(c.done), turn, carry)
 
 
 def plain_step(c: Carry, params, draft_params, request, model, drafter, sampler, rule) -> Carry:
@@ -154,9 +173,9 @@ def draft_step(c: Carry, params, draft_params, request, model, drafter, sampler,
   )
 
 
-def propose(c, params, draft_params, request, model, drafter, sampler):
-  """The drafter's turn: ``context, tree, draft state``."""
-  context = Context(
+def make_context(c, params, request, model, sampler) -> Context:
+  """What a drafter may look at in this step."""
+  return Context(
     root=c.root,
     length=c.length,
     history=c.history,
@@ -164,6 +183,11 @@ def propose(c, params, draft_params, request, model, drafter, sampler):
     sampler=sampler,
     keys=request.keys,
   )
+
+
+def propose(c, params, draft_params, request, model, drafter, sampler):
+  """The drafter's turn: ``context, tree, draft state``."""
+  context = make_context(c, params, request, model, sampler)
   # For drafters that want noise of their own; per-row noise comes from context.keys.
   rng = jax.random.fold_in(jax.random.fold_in(request.keys[0], jnp.uint32(DRAFT)), c.steps)
   tree, draft = drafter.propose(draft_params, c.draft, context, rng)

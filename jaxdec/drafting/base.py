@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import jax
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxdec.drafting.tree import Tree
 
@@ -106,11 +106,15 @@ class Drafter:
     capture: layer inputs the target must record for ``start``/``observe`` (static).
     needs_prompt_hidden: ask prefill for hidden states/features of the whole prompt.
     trained: True when ``init_params`` returns parameters that must be trained.
+    may_pass: the drafter sometimes has nothing to propose, and ``has_draft`` says when: such steps
+      run as plain decoding, at the price of one token instead of M. Only for drafters that learn
+      nothing from ``observe``, which plain steps skip.
   """
 
   name: ClassVar[str] = "drafter"
   trained: ClassVar[bool] = False
   needs_prompt_hidden: bool = False
+  may_pass: ClassVar[bool] = False
 
   @property
   def num_nodes(self) -> int:
@@ -161,3 +165,7 @@ class Drafter:
     ``output`` rows are tree nodes (``[B,M,...]``); ``context`` is the one
     ``propose`` saw (so ``context.length`` is the position of the root)."""
     return state
+
+  def has_draft(self, params: Params, state: DraftState, context: Context) -> Bool[Array, "B"]:
+    """Where ``may_pass``: which rows ``propose`` would give a draft."""
+    raise NotImplementedError

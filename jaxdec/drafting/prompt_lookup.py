@@ -3,6 +3,8 @@
 
 Source: A. Saxena's prompt-lookup-decoding (2023). No parameters, no state: the history is enough.
 The longest matching suffix wins (``ngram_max`` tokens down to ``ngram_min``), then the latest.
+Steps without a match run as plain decoding. The reference goes down to single tokens and drafts
+10; by default we want two tokens to match and draft 5, which is faster on a CPU.
 """
 
 from __future__ import annotations
@@ -31,14 +33,18 @@ class PromptLookup(Drafter):
   num_matches: more than 1 merges the best matches' continuations into one tree.
   """
 
-  num_drafts: int = 7
-  ngram_max: int = 3
-  ngram_min: int = 1
+  num_drafts: int = 5
+  ngram_max: int = 4
+  ngram_min: int = 2
   most_recent: bool = True
   partial: bool = True
   num_matches: int = 1
 
   name: ClassVar[str] = "prompt_lookup"
+  may_pass: ClassVar[bool] = True
+
+  def has_draft(self, params, state, context):
+    return find_matches(context.history, context.length + 1, self)[1][:, 0]
 
   def __post_init__(self):
     if self.num_drafts < 1 or not 1 <= self.ngram_min <= self.ngram_max or self.num_matches < 1:

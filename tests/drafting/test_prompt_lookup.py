@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,10 +30,10 @@ def reference(ids, config):
 
 
 @pytest.mark.parametrize("config", [
-  PromptLookup(num_drafts=4), PromptLookup(num_drafts=1, ngram_max=1),
+  PromptLookup(num_drafts=4, ngram_min=1), PromptLookup(num_drafts=1, ngram_max=1, ngram_min=1),
   PromptLookup(num_drafts=5, ngram_max=4, ngram_min=2),
-  PromptLookup(num_drafts=3, most_recent=False, partial=False),
-  PromptLookup(num_drafts=6, partial=False),
+  PromptLookup(num_drafts=3, ngram_min=1, most_recent=False, partial=False),
+  PromptLookup(num_drafts=6, ngram_min=1, partial=False),
 ])  # fmt: skip
 def test_drafts_equal_the_reference(config):
   rng = np.random.default_rng(0)
@@ -46,6 +48,7 @@ def test_drafts_equal_the_reference(config):
     sampler=None,
   )
   tree, _ = jax.jit(lambda c: config.propose(None, (), c, None))(context)
+  drafts = config.has_draft(None, (), context)
   assert tree.tokens.shape == (batch, config.num_nodes)
   found = 0
   for b in range(batch):
@@ -53,11 +56,12 @@ def test_drafts_equal_the_reference(config):
     got = tree.tokens[b, 1:][tree.valid[b, 1:]].tolist()
     assert got == want
     found += bool(want)
+    assert bool(drafts[b]) == bool(want)
   assert 0 < found < batch
 
 
 def test_several_matches_make_a_tree():
-  config = PromptLookup(num_drafts=5, num_matches=3, ngram_max=1)
+  config = PromptLookup(num_drafts=5, num_matches=3, ngram_max=1, ngram_min=1)
   text = [7, 1, 2, 7, 1, 3, 7]  # after 7 came 1 2 and 1 3
   history = jnp.asarray([text + [0] * 5], jnp.int32)
   context = Context(
@@ -89,7 +93,33 @@ def test_no_match_is_a_plain_step_and_output_is_unchanged():
     sampler=None,
   )
   tree, _ = PromptLookup().propose(None, (), context, None)
-  assert tree.valid.tolist() == [[True] + [False] * 7]
+  assert tree.valid.tolist() == [[True] + [False] * 5]
+
+
+def test_steps_without_a_match_run_as_plain_decoding():
+  """The drafter is not even asked: one that proposes nonsense where it has no draft goes unseen."""
+
+  @dataclasses.dataclass(frozen=True, kw_only=True)
+  class Never(PromptLookup):
+    def has_draft(self, params, state, context):
+      return jnp.zeros(context.root.shape, bool)
+
+  @dataclasses.dataclass(frozen=True, kw_only=True)
+  class Always(PromptLookup):
+    def has_draft(self, params, state, context):
+      return jnp.ones(context.root.shape, bool)
+
+  model, params = target()
+  prompts = [[1, 2, 1, 2, 1, 2], [9, 8, 9, 8]]
+  options = dict(max_new_tokens=25, stop=None)
+  plain = generate(model, params, prompts, **options)
+  never = generate(model, params, prompts, **options, drafter=Never())
+  always = generate(model, params, prompts, **options, drafter=Always())
+  some = generate(model, params, prompts, **options, drafter=PromptLookup())
+  assert never.tokens == always.tokens == some.tokens == plain.tokens
+  assert never.stats.tokens_per_step == 1.0
+  assert always.stats.tokens_per_step > 1.0
+  assert some.stats.tokens_per_step > 1.0
 
 
 def test_copying_reaches_the_whole_chain():
@@ -106,6 +136,6 @@ def test_copying_reaches_the_whole_chain():
 
 
 def test_bad_options_are_named():
-  for options in ({"num_drafts": 0}, {"ngram_min": 4}, {"num_matches": 0}):
+  for options in ({"num_drafts": 0}, {"ngram_min": 5}, {"num_matches": 0}):
     with pytest.raises(UserError, match="prompt_lookup"):
       PromptLookup(**options)
