@@ -25,7 +25,7 @@ def trainer_config(work_dir: str | None) -> TrainerConfig:
   """Muon with a warm-up, a plateau and a linear fall over the last quarter."""
   return TrainerConfig(
     work_dir=work_dir,
-    steps=1600,
+    steps=1400,
     seed=0,
     optimizer=OptimizerConfig(
       name="muon",
