@@ -160,7 +160,9 @@ def _train(lm: Any, corpora: Corpora, job: DistillConfig, console: Any) -> Disti
     TextColumn("{task.fields[note]}"),
   )  # fmt: skip
   metrics = Path(job.trainer.work_dir) / "metrics.jsonl"
-  with Progress(*columns, console=console, transient=True) as progress:
+  with Progress(
+    *columns, console=console, transient=True, disable=not console.is_terminal
+  ) as progress:
     bar = progress.add_task(job.drafter, total=job.trainer.steps, note="")
 
     def watch() -> None:
