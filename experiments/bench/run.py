@@ -36,8 +36,11 @@ RESULTS = Path(__file__).parent / "results" / "drafters"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-  """drafters: trained here, all with the same budget. nodes: of every tree, root included; ``small``
-  of a second arm of each, which a CPU verifies faster than it gains tokens beyond."""
+  """Drafters are trained here, all with the same budget.
+
+  ``nodes``: of every tree, root included; ``small``: of a second arm of each. A CPU verifies few
+  nodes at little more than the price of one.
+  """
 
   drafters: tuple[str, ...] = ("medusa", "hydra")
   steps: int = 800

@@ -102,8 +102,9 @@ def test_no_decay_equals_zero_decay():
 
 def test_total_decay_sees_the_token_itself_only():
   q, k, v, state = arrays()
-  out, _ = chunked(q, k, v, log_decay=np.full((1, 1, K), -50.0, np.float32), initial_state=state,
-                   scale=1.0)
+  out, _ = chunked(
+    q, k, v, log_decay=np.full((1, 1, K), -50.0, np.float32), initial_state=state, scale=1.0
+  )
   scores = np.einsum("btkgh,btkh->btkg", q.reshape(B, T, K, N // K, H), k)
   expected = np.einsum("btkg,btkv->btkgv", scores, v).reshape(B, T, N, V)
   assert rms_error(out, expected) < 1e-6
@@ -130,8 +131,15 @@ def test_segments(with_decay):
   cuts = np.array([[5, 16, 17, 33], [1, 8, 32, 36]])
   segments = 1 + (np.arange(T)[None, :, None] >= cuts[:, None, :]).sum(-1)
   expected = numpy_reference(q, k, v, g, state, segments)
-  actual = chunked(q, k, v, log_decay=g if with_decay else None, initial_state=state,
-                   segment_ids=segments, chunk_size=16)
+  actual = chunked(
+    q,
+    k,
+    v,
+    log_decay=g if with_decay else None,
+    initial_state=state,
+    segment_ids=segments,
+    chunk_size=16,
+  )
   assert rms_error(actual[0], expected[0]) < 1e-6
   assert rms_error(actual[1], expected[1]) < 1e-6
 
@@ -144,13 +152,22 @@ def test_padding_leaves_the_state_alone():
   valid[:, 0], valid[0, -5:] = False, False
   segments = np.where(valid, 1 + (np.arange(T) >= 20)[None], 0)
   poison = lambda x: np.where(valid.reshape(B, T, *(1,) * (x.ndim - 2)), x, np.nan)  # noqa: E731
-  out, final = chunked(q, poison(k), poison(v), log_decay=poison(g), initial_state=state,
-                       segment_ids=segments, valid=valid, chunk_size=16)
+  out, final = chunked(
+    q,
+    poison(k),
+    poison(v),
+    log_decay=poison(g),
+    initial_state=state,
+    segment_ids=segments,
+    valid=valid,
+    chunk_size=16,
+  )
   for b in range(B):
     kept = np.flatnonzero(valid[b])
     row = slice(b, b + 1)
-    expected = numpy_reference(*(x[row, kept] for x in (q, k, v, g)), state[row],
-                               segments[row, kept])
+    expected = numpy_reference(
+      *(x[row, kept] for x in (q, k, v, g)), state[row], segments[row, kept]
+    )
     assert rms_error(out[b, kept], expected[0][0]) < 1e-6
     assert rms_error(final[b], expected[1][0]) < 1e-6
 
@@ -229,11 +246,17 @@ def test_trees_equal_their_paths(decay):
   parent, topology = random_trees(5)
   b, m = parent.shape
   rng = np.random.default_rng(6)
-  q, k, v, state = (rng.normal(size=shape).astype(np.float32)
-                    for shape in ((b, m, N, H), (b, m, K, H), (b, m, K, V), (b, K, H, V)))
-  g = {None: np.zeros, "weak": lambda s: np.full(s, -0.01), "fifty": lambda s: np.full(s, -50.0),
-       "mixed": lambda s: -rng.uniform(0, 20, s), "all_inf": lambda s: np.full(s, -np.inf)}[decay](
-         (b, m, K)).astype(np.float32)
+  q, k, v, state = (
+    rng.normal(size=shape).astype(np.float32)
+    for shape in ((b, m, N, H), (b, m, K, H), (b, m, K, V), (b, K, H, V))
+  )
+  g = {
+    None: np.zeros,
+    "weak": lambda s: np.full(s, -0.01),
+    "fifty": lambda s: np.full(s, -50.0),
+    "mixed": lambda s: -rng.uniform(0, 20, s),
+    "all_inf": lambda s: np.full(s, -np.inf),
+  }[decay]((b, m, K)).astype(np.float32)
   given = None if decay is None else g
   out = jax.jit(tree_linear_attention)(q, k, v, given, state, topology)
   commit = jax.jit(update_state)
@@ -250,25 +273,30 @@ def test_trees_equal_their_paths(decay):
 
 def test_fixed_ladders():
   retention = LinearAttentionConfig(num_heads=3, head_dim=8, decay="fixed")
-  np.testing.assert_allclose(fixed_log_decay(retention), np.log([31 / 32, 63 / 64, 127 / 128]),
-                             rtol=1e-6)
+  np.testing.assert_allclose(
+    fixed_log_decay(retention), np.log([31 / 32, 63 / 64, 127 / 128]), rtol=1e-6
+  )
   lightning = LinearAttentionConfig(num_heads=6, head_dim=8, decay="fixed", slopes="lightning")
   expected = [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-1, 2.0**-3]  # ALiBi's list for 6 heads
   np.testing.assert_allclose(-fixed_log_decay(lightning), expected, rtol=1e-6)
-  own = LinearAttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, decay="fixed",
-                              slopes=(3.0, 0.5))
+  own = LinearAttentionConfig(
+    num_heads=4, num_kv_heads=2, head_dim=8, decay="fixed", slopes=(3.0, 0.5)
+  )
   np.testing.assert_allclose(fixed_log_decay(own), [-3.0, -0.5])
 
 
-@pytest.mark.parametrize("kwargs, message", [
-  ({"decay": "dta"}, "did you mean 'data'"),
-  ({"feature_map": "relu"}, "is not one of identity, silu, elu"),
-  ({"num_kv_heads": 3}, "not a multiple"),
-  ({"head_dim": 0}, "head_dim must be at least 1, got 0"),
-  ({"slopes": (1.0,)}, "slopes must be 4 numbers"),
-  ({"slopes": "retentoin"}, "did you mean 'retention'"),
-  ({"normalize": True}, "feature_map='elu'"),
-])
+@pytest.mark.parametrize(
+  "kwargs, message",
+  [
+    ({"decay": "dta"}, "did you mean 'data'"),
+    ({"feature_map": "relu"}, "is not one of identity, silu, elu"),
+    ({"num_kv_heads": 3}, "not a multiple"),
+    ({"head_dim": 0}, "head_dim must be at least 1, got 0"),
+    ({"slopes": (1.0,)}, "slopes must be 4 numbers"),
+    ({"slopes": "retentoin"}, "did you mean 'retention'"),
+    ({"normalize": True}, "feature_map='elu'"),
+  ],
+)
 def test_configuration_mistakes(kwargs, message):
   with pytest.raises(UserError, match=message):
     LinearAttentionConfig(**{"num_heads": 4, "head_dim": 8, **kwargs})

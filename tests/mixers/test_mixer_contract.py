@@ -25,17 +25,40 @@ MIXERS = {
   "attention_gqa": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6, rope=None),
   "attention_window": AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8, window=3),
   "attention_everything": AttentionConfig(
-    num_heads=2, num_kv_heads=1, head_dim=8, rope=RopeConfig(rotary_fraction=0.5), qk_norm=True,
-    qkv_bias=True, out_bias=True, logit_cap=2.0, scale=0.5),
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    rope=RopeConfig(rotary_fraction=0.5),
+    qk_norm=True,
+    qkv_bias=True,
+    out_bias=True,
+    logit_cap=2.0,
+    scale=0.5,
+  ),
   "linear": LinearAttentionConfig(num_heads=2, head_dim=8, decay="none", chunk_size=4),
   "linear_normalized": LinearAttentionConfig(
-    num_heads=2, head_dim=8, decay="none", feature_map="elu", normalize=True, output_norm=False,
-    output_gate=False, chunk_size=4),
+    num_heads=2,
+    head_dim=8,
+    decay="none",
+    feature_map="elu",
+    normalize=True,
+    output_norm=False,
+    output_gate=False,
+    chunk_size=4,
+  ),
   "retention": LinearAttentionConfig(
-    num_heads=4, num_kv_heads=2, head_dim=6, value_dim=10, decay="fixed", feature_map="identity",
-    rope=RopeConfig(), chunk_size=3),
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    value_dim=10,
+    decay="fixed",
+    feature_map="identity",
+    rope=RopeConfig(),
+    chunk_size=3,
+  ),
   "linear_data_decay": LinearAttentionConfig(
-    num_heads=4, num_kv_heads=2, head_dim=6, chunk_size=4, scale=1.0),
+    num_heads=4, num_kv_heads=2, head_dim=6, chunk_size=4, scale=1.0
+  ),
 }
 NORMS = {"attention_everything": GEMMA_NORM, "linear_data_decay": GEMMA_NORM}
 
@@ -48,12 +71,17 @@ def subject(name: str, dtype=jnp.float32) -> Subject:
 
 # Gradients are the dearest check, and each of these is a special case of another mixer here.
 NO_GRADIENTS = {"attention", "attention_gqa", "linear"}
-CASES = [(name, check) for name in MIXERS for check in CHECKS
-         if check is not check_gradients or name not in NO_GRADIENTS]
+CASES = [
+  (name, check)
+  for name in MIXERS
+  for check in CHECKS
+  if check is not check_gradients or name not in NO_GRADIENTS
+]
 
 
-@pytest.mark.parametrize("name, check", CASES,
-                         ids=[f"{n}-{c.__name__.removeprefix('check_')}" for n, c in CASES])
+@pytest.mark.parametrize(
+  "name, check", CASES, ids=[f"{n}-{c.__name__.removeprefix('check_')}" for n, c in CASES]
+)
 def test_contract(name, check):
   check(subject(name))
 

@@ -65,8 +65,9 @@ CASES: dict[str, tuple[str, dict]] = {
 }  # fmt: skip
 
 
-def weights(name: str, shape: tuple[int, ...], *, seed: int, unit_offset: bool,
-            tied: bool) -> np.ndarray:
+def weights(
+  name: str, shape: tuple[int, ...], *, seed: int, unit_offset: bool, tied: bool
+) -> np.ndarray:
   """The recipe: uniform noise keyed by seed and tensor name, scaled to keep activations near 1."""
   rng = np.random.Generator(np.random.PCG64([seed, zlib.crc32(name.encode())]))
   noise = 2.0 * rng.random(shape) - 1.0
@@ -85,12 +86,14 @@ def weights(name: str, shape: tuple[int, ...], *, seed: int, unit_offset: bool,
   return array.astype(np.float32)
 
 
-def checkpoint(shapes: dict[str, tuple[int, ...]], *, seed: int, gemma: bool
-               ) -> dict[str, np.ndarray]:
+def checkpoint(
+  shapes: dict[str, tuple[int, ...]], *, seed: int, gemma: bool
+) -> dict[str, np.ndarray]:
   """All tensors of a checkpoint; a tied head is the embedding table."""
   tied = "lm_head.weight" not in shapes
-  return {n: weights(n, tuple(s), seed=seed, unit_offset=gemma, tied=tied)
-          for n, s in shapes.items()}
+  return {
+    n: weights(n, tuple(s), seed=seed, unit_offset=gemma, tied=tied) for n, s in shapes.items()
+  }
 
 
 def checksum(tensors: dict[str, np.ndarray]) -> int:

@@ -23,8 +23,9 @@ from jaxdec.models import (
 
 VOCAB, DIM = 19, 16
 LINEAR = LayerConfig(LinearAttentionConfig(num_heads=2, head_dim=8, chunk_size=4), MLPConfig(24))
-SOFTMAX = LayerConfig(AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8, window=6),
-                      MLPConfig(24))
+SOFTMAX = LayerConfig(
+  AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8, window=6), MLPConfig(24)
+)
 CONFIG = DecoderConfig(vocab_size=VOCAB, dim=DIM, layers=(LINEAR, SOFTMAX) * 2)
 
 
