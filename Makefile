@@ -7,7 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # --no-compile: Python compiles what is imported, which is far less than what is installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
-PYTEST_ARGS ?=
+# two processes; a file stays in one, so that its compilations are shared
+PYTEST_ARGS ?= -n 2 --dist loadfile
 RUFF_PATHS := $(wildcard jaxdec tests experiments notebooks)
 
 .DEFAULT_GOAL := help
