@@ -14,7 +14,7 @@ from jaxdec.decoding.sampling import request_keys
 from jaxdec.decoding.verify import Match
 from jaxdec.models import Decoder
 from jaxdec.models.prefill import read_prompt
-from tests.decoding.statistics import chi_square_p
+from tests.decoding.chi_square import chi_square_p
 from tests.decoding.targets import MIXERS, Letters, Scripted, script, target
 
 PROMPTS = [[1, 2, 3, 4, 1, 2, 3], [5], [7, 8, 9, 10] * 5]  # ragged, one of length 1

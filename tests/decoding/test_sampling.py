@@ -18,7 +18,7 @@ from jaxdec.decoding.sampling import (
   request_keys,
 )
 from jaxdec.errors import UserError
-from tests.decoding.statistics import chi_square_p
+from tests.decoding.chi_square import chi_square_p
 
 
 def reference(logits: np.ndarray, sampler: Sampler) -> np.ndarray:

@@ -17,7 +17,7 @@ from jaxdec.drafting.selection import argmax
 from jaxdec.drafting.static_tree import StaticTree
 from jaxdec.drafting.tree import chain
 from jaxdec.errors import UserError
-from tests.decoding.statistics import chi_square_p
+from tests.decoding.chi_square import chi_square_p
 from tests.decoding.trees import random_tree
 
 ROWS = 200_000

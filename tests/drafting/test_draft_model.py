@@ -12,7 +12,7 @@ from jaxdec.decoding import Sampler, generate
 from jaxdec.decoding.sampling import request_keys
 from jaxdec.drafting import DraftModel
 from jaxdec.errors import UserError
-from tests.decoding.statistics import chi_square_p
+from tests.decoding.chi_square import chi_square_p
 from tests.decoding.targets import target
 
 PROMPTS = [[1, 2, 3, 4, 1], [5]]
