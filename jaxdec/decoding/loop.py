@@ -93,7 +93,8 @@ def _begin(
     draft = ()
   else:
     if not warm:
-      draft = drafter.init_state(batch, capacity)
+      # Hidden from the compiler: it would spend seconds folding attention over an empty cache.
+      draft = jax.lax.optimization_barrier(drafter.init_state(batch, capacity))
     prompt = Prompt(
       history[:, : hidden.shape[1]] if drafter.needs_prompt_hidden else history, lengths, root
     )
