@@ -50,6 +50,7 @@ format: $(VENV)/.dev ## ruff, rewriting files
 bench: $(VENV)/.compare ## the committed benchmark, side by side with transformers
 	$(BIN)/python experiments/bench/run.py
 	$(BIN)/python experiments/bench/against_transformers.py
+	$(BIN)/python experiments/bench/parity.py
 
 notebooks: $(VENV)/.dev ## rebuild every .ipynb from its percent script and execute it
 	for script in notebooks/*.py; do \
