@@ -33,11 +33,6 @@ class PackPlan:
   def num_rows(self) -> int:
     return len(self.row_offsets) - 1
 
-  @property
-  def fill(self) -> float:
-    """Share of the rows' places that hold a token."""
-    return float(self.piece_lengths.sum()) / max(1, self.num_rows * self.seq_len)
-
 
 def _draws(count: int, *entropy: int) -> np.ndarray:
   # Raw PCG64 output: unlike `permutation`, numpy promises never to change this stream.

@@ -110,12 +110,6 @@ class StaticTree:
       max_depth=self.max_depth,
     )
 
-  def from_ranked(self, root: Int[Array, "B"], ranked: Int[Array, "B D K"]) -> Tree:
-    """Fills the shape from one ranked list per depth (Medusa): node (.., r) of depth d takes
-    ``ranked[:, d-1, r]``."""
-    drafts = ranked[:, self.depth[1:] - 1, self.rank[1:]]
-    return self.tree(jnp.concatenate([root[:, None], drafts], axis=1))
-
 
 def greedy_tree(accuracy, num_nodes: int, max_depth: int | None = None) -> StaticTree:
   """The best static tree of ``num_nodes`` nodes, root included, under independent accuracies.

@@ -39,13 +39,6 @@ def test_validity_is_closed_under_ancestors():
   )
 
 
-def test_from_ranked_places_tokens():
-  ranked = jnp.arange(100, 106).reshape(1, 3, 2)
-  assert SMALL.from_ranked(jnp.asarray([9]), ranked).tokens.tolist() == [
-    [9, 100, 101, 102, 103, 104]
-  ]
-
-
 @pytest.mark.parametrize("paths", [[(0, 0)], [()], [(0,), (0, 1, 1), (0, 0)]])
 def test_paths_without_parents_are_refused(paths):
   with pytest.raises(UserError, match="static tree"):
