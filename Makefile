@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 # two processes; a file stays in one, so that its compilations are shared
 PYTEST_ARGS ?= -n 2 --dist loadfile
-RUFF_PATHS := $(wildcard jaxdec tests experiments notebooks)
+RUFF_PATHS := $(wildcard jaxdec pallas_kernels tests experiments notebooks)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format bench notebooks clean
@@ -31,6 +31,10 @@ $(VENV)/.dev: setup.cfg pyproject.toml | $(BIN)/python
 
 $(VENV)/.compare: setup.cfg pyproject.toml $(VENV)/.dev
 	$(PIP) -e ".[compare]"
+	@touch $@
+
+$(VENV)/.aot: setup.cfg pyproject.toml $(VENV)/.dev
+	$(PIP) -e ".[aot]"
 	@touch $@
 
 demo: $(VENV)/.base ## the whole story on this machine, in minutes

@@ -15,4 +15,5 @@ if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
 
 
 def pytest_configure(config):
-  config.addinivalue_line("filterwarnings", r"error::DeprecationWarning:jaxdec\..*")
+  for package in ("jaxdec", "pallas_kernels"):
+    config.addinivalue_line("filterwarnings", rf"error::DeprecationWarning:{package}\..*")

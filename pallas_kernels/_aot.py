@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile for a TPU that is not here, and read the schedule the compiler made.
+
+A TPU core issues one VLIW bundle a cycle in an order fixed at compile time, so the bundles of a
+loop body times its trips are its compute cycles: a repeatable, noise-free cost. Waiting for memory
+is not in it; take the larger of this and bytes / bandwidth.
+
+Needs libtpu (``pip install 'jaxdec[aot]'``), which reads its environment once, when first loaded:
+call ``prepare`` before anything else of this module, in a process that uses no TPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import importlib.util
+import os
+import pathlib
+import re
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+from pallas_kernels._dispatch import target
+from pallas_kernels._tpu import Chip, chip
+
+_dump: pathlib.Path | None = None
+
+MISSING = (
+  "compiling for a TPU needs libtpu, which is not installed here; run: pip install 'jaxdec[aot]'"
+)
+
+
+class NoCompiler(RuntimeError):
+  """libtpu is not installed."""
+
+
+def available() -> bool:
+  return importlib.util.find_spec("libtpu") is not None
+
+
+def prepare(dump: str | os.PathLike | None = None) -> pathlib.Path:
+  """Sets libtpu up for compiling only, with its schedules written to a folder (returned)."""
+  global _dump
+  if not available():
+    raise NoCompiler(MISSING)
+  if _dump is not None:
+    return _dump
+  _dump = pathlib.Path(dump or tempfile.mkdtemp(prefix="tpu_schedules_"))
+  _dump.mkdir(parents=True, exist_ok=True)
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  flags = f"--xla_jf_dump_to={_dump} --xla_jf_dump_llo_text=true"
+  os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip()
+  jax.config.update("jax_platforms", "cpu")
+  return _dump
+
+
+def compile_for(on: Chip | str, f: Callable[..., Any], *args: Any) -> jax.stages.Compiled:
+  """Compiles ``f`` for one core's device of that generation; ``args`` are ``ShapeDtypeStruct``s."""
+  prepare()
+  on = chip(on) if isinstance(on, str) else on
+  devices = topologies.get_topology_desc(platform="tpu", topology_name=on.topology).devices
+  mesh = jax.sharding.Mesh(np.array(devices[:1]), ("x",))
+  here = jax.sharding.NamedSharding(mesh, jax.P())
+  args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), args)
+  with target("tpu", generation=on.name):
+    traced = jax.jit(lambda *xs: f(*xs)).trace(*args)  # a fresh function: traced for this target
+    return traced.lower(lowering_platforms=("tpu",)).compile()
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+  """A loop of a kernel. ``bundles`` counts its body, inner loops once; ``own`` leaves them out."""
+
+  depth: int
+  start: int
+  bundles: int
+  own: int
+  slots: dict[str, int]
+  own_slots: dict[str, int]
+  inner: tuple[Loop, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  """The final program of one kernel: bundles in all, by loop, and use of the units' slots."""
+
+  name: str
+  bundles: int
+  capacity: dict[str, int]
+  slots: dict[str, int]
+  loops: tuple[Loop, ...]
+
+  def find(self, *path: int) -> Loop:
+    """The loop at a path: ``find(0, 1)`` is the second loop inside the first."""
+    loops: tuple[Loop, ...] = self.loops
+    for index in path:
+      loop = loops[index]
+      loops = loop.inner
+    return loop
+
+
+def schedules(compiled: jax.stages.Compiled) -> list[Schedule]:
+  """The schedules of the Pallas kernels of a program just compiled, in program order.
+
+  Call it right after ``compile_for``: it reads what was written since the last call, and deletes it
+  (hundreds of files a kernel).
+  """
+  folder = prepare()
+  kernels = re.findall(
+    r"%?([\w.\-]+) = [^\n]*custom_call_target=\"tpu_custom_call\"", compiled.as_text()
+  )
+  found: list[Schedule] = []
+  for kernel in dict.fromkeys(kernels):
+    stem = f"*-{glob.escape(kernel)}-[0-9]*-"
+    final = sorted(folder.glob(stem + "final_bundles.txt"))
+    units = sorted(folder.glob(stem + "final_hlo-static-per-bundle-utilization.txt"))
+    if final and units:
+      found.append(_schedule(kernel, final[-1].read_text(), units[-1].read_text()))
+  for path in folder.glob("*"):
+    path.unlink()
+  return found
+
+
+_BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s+(\w\w)?:?\s*((?:>\s*)*)\{(\})?")
+
+
+def _schedule(name: str, bundles: str, units: str) -> Schedule:
+  marks: list[tuple[str | None, int]] = []
+  for m in map(_BUNDLE.match, bundles.splitlines()):
+    if m and m[3] == "}":  # an empty bundle carries no mark: a wait inside the loop it follows
+      marks.append((m[1], marks[-1][1] if marks else 0))
+    elif m:
+      marks.append((m[1], m[2].count(">")))
+  header, rows = units.split("== UTILIZATION:\n")
+  names, capacity = header.splitlines()[1:3]
+  names = [n.strip() for n in names.split(",")]
+  use = np.array([list(map(int, r.split())) for r in rows.splitlines() if re.match(r"[\d ]+$", r)])
+  use = use[: len(marks)]
+
+  def total(rows) -> dict[str, int]:
+    return dict(
+      zip(names, map(int, use[list(rows)].sum(axis=0)) if len(rows) else [0] * len(names))
+    )
+
+  def loops(first: int, last: int, depth: int) -> tuple[Loop, ...]:
+    found, i = [], first
+    while i < last:
+      if marks[i][1] < depth:
+        i += 1
+        continue
+      j = i + 1
+      while (
+        j < last and marks[j][1] >= depth and not (marks[j][0] == "LB" and marks[j][1] == depth)
+      ):
+        j += 1
+      inner = loops(i, j, depth + 1)
+      own = [r for r in range(i, j) if marks[r][1] == depth]
+      found.append(Loop(depth, i, j - i, len(own), total(range(i, j)), total(own), inner))
+      i = j
+    return tuple(found)
+
+  return Schedule(
+    name=name,
+    bundles=len(marks),
+    capacity=dict(zip(names, map(int, capacity.split()))),
+    slots=total(range(len(marks))),
+    loops=loops(0, len(marks), 1),
+  )
