@@ -90,13 +90,18 @@ class Loop:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """The final program of one kernel: bundles in all, by loop, and use of the units' slots."""
+  """The final program of one kernel: bundles in all, by loop, and use of the units' slots.
+
+  ``slots`` counts instructions by unit; ``VLOAD:FILL`` and ``VSTORE:SPILL`` are register spills.
+  """
 
   name: str
   bundles: int
   capacity: dict[str, int]
   slots: dict[str, int]
   loops: tuple[Loop, ...]
+  vmem_bytes: int
+  smem_bytes: int
 
   def find(self, *path: int) -> Loop:
     """The loop at a path: ``find(0, 1)`` is the second loop inside the first."""
@@ -122,8 +127,9 @@ def schedules(compiled: jax.stages.Compiled) -> list[Schedule]:
     stem = f"*-{glob.escape(kernel)}-[0-9]*-"
     final = sorted(folder.glob(stem + "final_bundles.txt"))
     units = sorted(folder.glob(stem + "final_hlo-static-per-bundle-utilization.txt"))
-    if final and units:
-      found.append(_schedule(kernel, final[-1].read_text(), units[-1].read_text()))
+    placed = sorted(folder.glob(stem + "post-delay-converter.txt"))
+    if final and units and placed:
+      found.append(_schedule(kernel, *(x[-1].read_text() for x in (final, units, placed))))
   for path in folder.glob("*"):
     path.unlink()
   return found
@@ -132,7 +138,10 @@ def schedules(compiled: jax.stages.Compiled) -> list[Schedule]:
 _BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s+(\w\w)?:?\s*((?:>\s*)*)\{(\})?")
 
 
-def _schedule(name: str, bundles: str, units: str) -> Schedule:
+_PLACED = re.compile(r"space=(\w+), size = (0x[0-9a-f]+|\d+), offset = (0x[0-9a-f]+|\d+)")
+
+
+def _schedule(name: str, bundles: str, units: str, placed: str) -> Schedule:
   marks: list[tuple[str | None, int]] = []
   for m in map(_BUNDLE.match, bundles.splitlines()):
     if m and m[3] == "}":  # an empty bundle carries no mark: a wait inside the loop it follows
@@ -167,10 +176,16 @@ def _schedule(name: str, bundles: str, units: str) -> Schedule:
       i = j
     return tuple(found)
 
+  memory: dict[str, int] = {}
+  for space, size, offset in _PLACED.findall(placed):
+    memory[space] = max(memory.get(space, 0), int(size, 0) + int(offset, 0))
+
   return Schedule(
     name=name,
     bundles=len(marks),
     capacity=dict(zip(names, map(int, capacity.split()))),
     slots=total(range(len(marks))),
     loops=loops(0, len(marks), 1),
+    vmem_bytes=memory.get("vmem", 0),
+    smem_bytes=memory.get("smem", 0),
   )
