@@ -1,195 +1,220 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arithmetic inside a chunk of C tokens, shared by the recurrent ops.
+"""Arithmetic inside one chunk of a decaying recurrence, on tiles ``[C,H]`` (C a power of two).
 
-Scalar decay: ``g [..., C]``; ``between``, ``prefix`` and ``suffix`` are sums of it that keep small
-decays beside large ones (see ``_numerics``), ``crossing`` is the transpose of ``between``.
+What token ``i`` reads of token ``j <= i`` is weighted by ``exp(g_{j+1} + .. + g_i)``, per token
+(scalar decay) or per token and channel. A decay object answers, without ever forming ``exp(-G)``:
 
-Channel decay: ``g [..., C, H]``. A matrix ``sum_h a_ih b_jh exp(g summed over j < l <= i)`` is no
-single product, and ``exp(G_i) exp(-G_j)`` overflows. Binary splitting covers its strict lower
-triangle by blocks: for m = C/2, .., 1 the rows of the right half of each 2m tokens against the
-columns of the left half, through the border between them, so that both exponents are sums of
-log-decays of one half: never positive, and no differences of large numbers anywhere.
+  scores(q, k)[i,j] = sum_d q[i,d] k[j,d] exp(sum of g[., d] over (j, i])     for i > j (or >= j)
+  read(x, k)[i,d]   = sum_{j<i} x[i,j] k[j,d] exp(sum of g[., d] over (j, i])
+  write(x, q)[j,d]  = sum_{i>j} x[i,j] q[i,d] exp(sum of g[., d] over (j, i])
+  enter[i] = exp(g_1 + .. + g_i),  leave[j] = exp(g_{j+1} + .. + g_C),  total = exp(g_1 + .. + g_C)
 
-    scores(a, b)_ij = sum_h a_ih b_jh exp(E_ijh)      i > j
-    rows(x, b)_ih = sum_j x_ij b_jh exp(E_ijh)        columns(x, a)_jh = sum_i x_ij a_ih exp(E_ijh)
+The functions are written for two-dimensional tiles with shapes a TPU kernel accepts, so the same
+code runs in kernels and, under ``jax.vmap``, in plain XLA.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels._numerics import MASKED, coarse_fine
 
-
-def power_of_two(n: int) -> int:
-  """The smallest power of two that is at least ``n``."""
-  return 1 << max(n - 1, 0).bit_length()
-
-
-def pad_to(x: jax.Array, length: int, axis: int = 1) -> jax.Array:
-  """Zeros after the end of an axis. Tokens with k = v = g = beta = 0 leave a state unchanged."""
-  if x.shape[axis] == length:
-    return x
-  widths = [(0, 0)] * x.ndim
-  widths[axis] = (0, length - x.shape[axis])
-  return jnp.pad(x, widths)
-
-
-def repeat_heads(x: jax.Array, heads: int, axis: int = 1) -> jax.Array:
-  """Head n of ``heads`` is head ``n // (heads / K)`` of the K there are."""
-  return x if x.shape[axis] == heads else jnp.repeat(x, heads // x.shape[axis], axis=axis)
-
-
-def sum_heads(x: jax.Array, heads: int, axis: int = 1) -> jax.Array:
-  """The transpose of ``repeat_heads``."""
-  if x.shape[axis] == heads:
-    return x
-  shape = (*x.shape[:axis], heads, x.shape[axis] // heads, *x.shape[axis + 1 :])
-  return x.reshape(shape).sum(axis + 1)
-
-
-def prefix(g: jax.Array, axis: int = -1) -> jax.Array:
-  """Inclusive sums: over ``l <= i``."""
-  return sum(jnp.cumsum(x, axis=axis) for x in coarse_fine(g))
-
-
-def suffix(g: jax.Array, axis: int = -1) -> jax.Array:
-  """Exclusive sums from the end: over ``l > i``. Summed by itself, not as total minus prefix."""
-  axis %= g.ndim
-  later = pad_to(jax.lax.slice_in_dim(g, 1, None, axis=axis), g.shape[axis], axis)
-  return sum(jax.lax.cumsum(x, axis=axis, reverse=True) for x in coarse_fine(later))
-
-
-def reverse_cumsum(x: jax.Array, axis: int = -1) -> jax.Array:
-  """Inclusive sums from the end: over ``l >= i``; the transpose of ``prefix``."""
-  return jax.lax.cumsum(x, axis=axis % x.ndim, reverse=True)
-
-
-def exclusive_cumsum(x: jax.Array, axis: int = -1) -> jax.Array:
-  """Sums over ``l < i``; the transpose of ``suffix``."""
-  axis %= x.ndim
-  widths = [(0, 0)] * x.ndim
-  widths[axis] = (1, 0)
-  shifted = jax.lax.slice_in_dim(x, 0, x.shape[axis] - 1, axis=axis)
-  return jax.lax.cumsum(jnp.pad(shifted, widths), axis=axis)
-
-
-def between(g: jax.Array) -> jax.Array:
-  """``[..., C] -> [..., C, C]``: ``g`` summed over ``j < l <= i`` for ``i >= j``, else MASKED."""
-  parts = [jnp.cumsum(x, axis=-1) for x in coarse_fine(g)]
-  difference = sum(x[..., :, None] - x[..., None, :] for x in parts)
-  lower = jnp.tril(jnp.ones(difference.shape[-2:], bool))
-  return jnp.where(lower, difference, MASKED)
-
-
-def crossing(x: jax.Array) -> jax.Array:
-  """``[..., C, C] -> [..., C]``: ``sum of x_ij over j < t <= i``, the gradient of ``g_t``.
-
-  A product with a triangle of ones and a masked sum. Row sums minus column sums would be cheaper
-  and bury the gradients of strongly decayed tokens under the rounding of their neighbours'.
-  """
-  c = x.shape[-1]
-  upper = jnp.triu(jnp.ones((c, c), x.dtype))
-  highest = jax.lax.Precision.HIGHEST
-  later = jnp.einsum("ti,...ij->...tj", upper, x, precision=highest)  # sum over i >= t
-  return jnp.sum(jnp.tril(later, -1), axis=-1)
+_CONTRACT = {"nn": ((1,), (0,)), "nt": ((1,), (1,)), "tn": ((0,), (0,))}
 
 
 @dataclasses.dataclass(frozen=True)
-class Level:
-  """One level of binary splitting: halves of ``size`` tokens.
-
-  ``factor [..., C, H]``: exp of the log-decay from the border between the halves to the token:
-  up to and including it in the right half, after it in the left half.
-  """
-
-  size: int
-  factor: jax.Array
-
-  def halves(self) -> tuple[jax.Array, jax.Array]:
-    """bool ``[C,1]``: token is in a right half; bool ``[C,C]``: tokens share a block."""
-    index = jnp.arange(self.factor.shape[-2])
-    block = index // (2 * self.size)
-    return (index // self.size % 2 == 1)[:, None], block[:, None] == block[None, :]
-
-
-@dataclasses.dataclass(frozen=True)
-class Splitting:
-  """Binary splitting of a chunk with channel decay ``g [..., C, H]``; C a power of two.
+class Products:
+  """Products of tiles: ``dot(a, b, "nn" | "nt" | "tn")``, t marks a transposed operand.
 
   Attributes:
-    levels: from halves of one token up.
-    prefix, suffix: ``[..., C, H]`` inclusive sums and exclusive sums from the end over the chunk.
-    dtype: of the operands of the products; sums are accumulated in the dtype of ``g``.
+    operand: dtype the operands are rounded to first; None keeps them.
+    precision: of the product. accumulate: dtype of the result.
+    passes: 1, or 3 for operands split into two bfloat16 halves each (about 16 bits a factor).
   """
 
-  levels: tuple[Level, ...]
-  prefix: jax.Array
-  suffix: jax.Array
-  dtype: jnp.dtype
-  precision: jax.lax.Precision
+  operand: Any = None
+  precision: jax.lax.Precision | None = None
+  accumulate: Any = jnp.float32
+  passes: int = 1
 
-  @classmethod
-  def of(cls, g: jax.Array, dtype, precision=jax.lax.Precision.HIGHEST) -> Splitting:
-    *lead, c, h = g.shape
-    before, after = g, jnp.zeros_like(g)  # sums inside aligned blocks of `size` tokens
-    levels, size = [], 1
-    while size < c:
-      blocks = (*lead, c // (2 * size), 2, size, h)
-      p, s = before.reshape(blocks), after.reshape(blocks)
-      left, right = slice(0, 1), slice(1, 2)
-      exponent = jnp.concatenate([s[..., left, :, :], p[..., right, :, :]], axis=-3)
-      levels.append(Level(size, jnp.exp(exponent).reshape(g.shape)))
-      total = p[..., -1:, :]
-      p = jnp.concatenate([p[..., left, :, :], p[..., right, :, :] + total[..., left, :, :]], -3)
-      s = jnp.concatenate([s[..., left, :, :] + total[..., right, :, :], s[..., right, :, :]], -3)
-      before, after = p.reshape(g.shape), s.reshape(g.shape)
-      size *= 2
-    return cls(tuple(levels), before, after, jnp.dtype(dtype), precision)
-
-  def _product(self, subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(
-      subscripts,
-      a.astype(self.dtype),
-      b.astype(self.dtype),
+  def __call__(self, a: jax.Array, b: jax.Array, form: str = "nn") -> jax.Array:
+    if self.passes == 3:
+      once = dataclasses.replace(self, operand=jnp.dtype(jnp.bfloat16), passes=1)
+      a_high, a_low = halves(a)
+      b_high, b_low = halves(b)
+      return once(a_high, b_high, form) + (once(a_low, b_high, form) + once(a_high, b_low, form))
+    if self.operand is not None:
+      a, b = a.astype(self.operand), b.astype(self.operand)
+    return jax.lax.dot_general(
+      a,
+      b,
+      (_CONTRACT[form], ((), ())),
       precision=self.precision,
-      preferred_element_type=self.prefix.dtype,
+      preferred_element_type=self.accumulate,
     )
 
-  def scores(self, a: jax.Array, b: jax.Array) -> jax.Array:
-    """``[..., C, C]``: pairs i > j of ``a_i . b_j`` with the decay between them, else 0."""
-    total = 0.0
-    for level in self.levels:
-      right, same = level.halves()
-      x = self._product(
-        "...ih,...jh->...ij",
-        jnp.where(right, a * level.factor, 0),
-        jnp.where(right, 0, b * level.factor),
-      )
-      total = total + jnp.where(same, x, 0)
-    if not self.levels:  # one token: no pairs
-      return jnp.zeros((*self.prefix.shape[:-1], 1), self.prefix.dtype)
+
+def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """float32 as a bfloat16 plus a bfloat16 remainder (the sum has 16 bits)."""
+  high = x.astype(jnp.bfloat16)
+  return high, (x - high.astype(x.dtype)).astype(jnp.bfloat16)
+
+
+def grid(rows: int, columns: int) -> tuple[jax.Array, jax.Array]:
+  """Row and column index of every element of a tile."""
+  shape = (rows, columns)
+  return tuple(jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+
+
+class ScalarDecay(NamedTuple):
+  """One decay a token: every product is one matrix product with a mask of decays."""
+
+  between: jax.Array  # [C,C] exp(G_i - G_j) for i >= j, else 0
+  enter: jax.Array  # [C,1]
+  leave: jax.Array  # [C,1]
+  total: jax.Array  # [1,1]
+
+  def scores(self, q, k, dot, diagonal: bool = False):
+    i, j = grid(*self.between.shape)
+    mask = self.between if diagonal else jnp.where(i > j, self.between, 0)
+    return dot(q, k, "nt") * mask
+
+  def read(self, x, k, dot):
+    i, j = grid(*x.shape)
+    return dot(jnp.where(i > j, x * self.between, 0), k)
+
+  def write(self, x, q, dot):
+    i, j = grid(*x.shape)
+    return dot(jnp.where(i > j, x * self.between, 0), q, "tn")
+
+  @property
+  def state(self):
+    """Factor of the state ``[H,Hv]`` over the chunk."""
+    return self.total
+
+  def per_decay(self, x):
+    """``[C,H]`` summed over what shares one log-decay."""
+    return jnp.sum(x, axis=1, keepdims=True)
+
+
+class ChannelDecay(NamedTuple):
+  """One decay a token and channel, by binary splitting.
+
+  Tokens ``i > j`` part ways in exactly one aligned block of ``2m`` rows (m = 1, 2, .., C/2): j in
+  its first half, i in its second. There the exponent is a sum from the middle down to i plus one
+  from j up to the middle, both of one sign: nothing overflows, and nothing is lost to differences
+  of prefix sums. One factor a level serves both sides, since the halves are disjoint.
+  """
+
+  factors: tuple[jax.Array, ...]  # of [C,H], m = 1, 2, 4, .., C/2
+  enter: jax.Array  # [C,H]
+  leave: jax.Array  # [C,H]
+  total: jax.Array  # [1,H]
+
+  def _levels(self, rows):
+    i, j = grid(rows, rows)
+    for level, factor in enumerate(self.factors):
+      # i and j agree above this bit, where i has 1 and j has 0
+      yield factor, (i >> (level + 1) == j >> (level + 1)) & (i >> level > j >> level)
+
+  def scores(self, q, k, dot, diagonal: bool = False):
+    i, j = grid(q.shape[0], q.shape[0])
+    total = jnp.where(i == j, jnp.sum(q * k, axis=1, keepdims=True) if diagonal else 0.0, 0.0)
+    for factor, here in self._levels(q.shape[0]):
+      total += jnp.where(here, dot(q * factor, k * factor, "nt"), 0)
     return total
 
-  def rows(self, x: jax.Array, b: jax.Array) -> jax.Array:
-    """``[..., C, H]``: ``sum_j x_ij b_j`` with the decays, over pairs i > j."""
-    total = jnp.zeros_like(self.prefix)
-    for level in self.levels:
-      right, same = level.halves()
-      b_left = jnp.where(right, 0, b * level.factor)
-      y = self._product("...ij,...jh->...ih", jnp.where(same, x, 0), b_left)
-      total = total + jnp.where(right, level.factor * y, 0)
-    return total
+  def read(self, x, k, dot):
+    return sum(
+      factor * dot(jnp.where(here, x, 0), k * factor) for factor, here in self._levels(x.shape[0])
+    )
 
-  def columns(self, x: jax.Array, a: jax.Array) -> jax.Array:
-    """``[..., C, H]``: ``sum_i x_ij a_i`` with the decays, over pairs i > j."""
-    total = jnp.zeros_like(self.prefix)
-    for level in self.levels:
-      right, same = level.halves()
-      a_right = jnp.where(right, a * level.factor, 0)
-      y = self._product("...ij,...ih->...jh", jnp.where(same, x, 0), a_right)
-      total = total + jnp.where(right, 0, level.factor * y)
-    return total
+  def write(self, x, q, dot):
+    return sum(
+      factor * dot(jnp.where(here, x, 0), q * factor, "tn")
+      for factor, here in self._levels(x.shape[0])
+    )
+
+  @property
+  def state(self):
+    """Factor of the state ``[H,Hv]`` over the chunk."""
+    return jnp.broadcast_to(self.total, (8, self.total.shape[1])).T[:, :1]
+
+  def per_decay(self, x):
+    """``[C,H]`` summed over what shares one log-decay."""
+    return x
+
+
+def prefixes(g: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Inclusive prefix sums over the last axis, as an exact coarse part and a fine one."""
+  coarse, fine = coarse_fine(g)
+  return jnp.cumsum(coarse, axis=-1), jnp.cumsum(fine, axis=-1)
+
+
+def scalar_decay(
+  coarse: jax.Array, fine: jax.Array, coarse_row: jax.Array, fine_row: jax.Array
+) -> ScalarDecay:
+  """From ``prefixes`` of a chunk as columns ``[C,1]`` and again as rows ``[1,C]``."""
+  chunk = coarse.shape[0]
+  i, j = grid(chunk, chunk)
+  exponent = (coarse - coarse_row) + (fine - fine_row)
+  last_coarse, last_fine = coarse[chunk - 1 :], fine[chunk - 1 :]
+  return ScalarDecay(
+    between=jnp.exp(jnp.where(i >= j, exponent, MASKED)),
+    enter=jnp.exp(coarse + fine),
+    leave=jnp.exp((last_coarse - coarse) + (last_fine - fine)),
+    total=jnp.exp(last_coarse + last_fine),
+  )
+
+
+def channel_decay(g: jax.Array) -> ChannelDecay:
+  """From the log-decays ``[C,H]`` of a chunk."""
+  chunk = g.shape[0]
+  row = grid(*g.shape)[0]
+  until, after = g, jnp.zeros_like(g)  # sums up to and from a token inside blocks of m rows
+  factors = []
+  m = 1
+  while m < chunk:
+    second = (row & m) != 0
+    factors.append(jnp.exp(jnp.where(second, until, after)))
+    after = after + _spread(until, 2 * m, 2 * m - 1, second=False)
+    until = until + _spread(until, 2 * m, m - 1, second=True)
+    m *= 2
+  return ChannelDecay(tuple(factors), jnp.exp(until), jnp.exp(after), jnp.exp(until[chunk - 1 :]))
+
+
+def sum_from(x: jax.Array) -> jax.Array:
+  """Row t becomes the sum of rows t, t+1, .. of a tile."""
+  m = 1
+  while m < x.shape[0]:
+    x = x + _spread(x, 2 * m, m, second=False)
+    m *= 2
+  return x
+
+
+def sum_before(x: jax.Array) -> jax.Array:
+  """Row t becomes the sum of the rows before t."""
+  before, m = jnp.zeros_like(x), 1
+  while m < x.shape[0]:
+    carry = _spread(x, 2 * m, m - 1, second=True)
+    before, x = before + carry, x + carry
+    m *= 2
+  return before
+
+
+def _spread(x: jax.Array, block: int, source: int, second: bool) -> jax.Array:
+  """In every block of rows: row ``source``, copied to one half, zero in the other."""
+  rows, width = x.shape
+  group = min(rows, max(block, 8))  # eight rows are a register: whole ones are cheap to reshape
+  tiles = x.reshape(rows // group, group, width)
+  row = jax.lax.broadcasted_iota(jnp.int32, (1, group, width), 1)
+  half = ((row & (block // 2)) != 0) == second
+  copied = jnp.zeros_like(tiles)
+  for start in range(0, group, block):
+    here = half & (row >= start) & (row < start + block)
+    copied = jnp.where(here, tiles[:, start + source : start + source + 1], copied)
+  return copied.reshape(rows, width)

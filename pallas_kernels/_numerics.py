@@ -32,3 +32,28 @@ def segment_starts(segment_ids: jax.Array) -> jax.Array:
   """bool ``[B,T]``: the id differs from the previous token's; never at the first token."""
   change = segment_ids[:, 1:] != segment_ids[:, :-1]
   return jnp.pad(change, ((0, 0), (1, 0)))
+
+
+def log_decays(
+  log_decay: jax.Array | None, segment_ids: jax.Array | None, shape: tuple[int, ...]
+) -> jax.Array:
+  """Log-decays as every recurrent op computes with them.
+
+  Args:
+    log_decay: broadcasts to ``shape`` in its first two axes; None: no decay.
+    segment_ids: int32 ``[B,T]`` or None; where the id changes, ``RESET`` replaces the log-decay.
+    shape: ``[B,T,N]`` or ``[B,T,N,H]``.
+
+  Returns:
+    At least float32, of that shape, in ``[RESET, 0]`` for log-decays that are not positive.
+  """
+  if log_decay is None:
+    log_decay = jnp.zeros(shape, jnp.float32)
+  log_decay = log_decay.astype(accumulator(log_decay))
+  # strictly below: the gradient of a maximum would be halved at the bound itself
+  log_decay = jnp.where(log_decay < RESET, RESET, log_decay)
+  log_decay = jnp.broadcast_to(log_decay, shape)
+  if segment_ids is not None:
+    starts = segment_starts(segment_ids)
+    log_decay = jnp.where(starts.reshape(starts.shape + (1,) * (len(shape) - 2)), RESET, log_decay)
+  return log_decay
