@@ -12,10 +12,10 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 RUFF_PATHS := $(wildcard jaxdec pallas_kernels tests experiments notebooks)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench notebooks clean
+.PHONY: help demo test test-aot lint format bench notebooks clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 $(BIN)/python:
 	$(PYTHON) -c "import sys; sys.exit('jaxdec needs Python 3.11 or newer, this is ' + sys.version.split()[0] if sys.version_info < (3, 11) else 0)"
@@ -42,6 +42,9 @@ demo: $(VENV)/.base ## the whole story on this machine, in minutes
 
 test: $(VENV)/.dev ## the test suite
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-aot: $(VENV)/.aot ## every TPU kernel compiled for every generation, without a TPU
+	$(BIN)/python -m pytest $(PYTEST_ARGS) --dist load -m aot tests/pallas_kernels
 
 lint: $(VENV)/.dev ## ruff, check only
 	$(BIN)/ruff check $(RUFF_PATHS)

@@ -11,12 +11,14 @@ call ``prepare`` before anything else of this module, in a process that uses no 
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import glob
 import importlib.util
 import os
 import pathlib
 import re
+import shutil
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +30,14 @@ from jax.experimental import topologies
 from pallas_kernels._dispatch import target
 from pallas_kernels._tpu import Chip, chip
 
+_ready = False
 _dump: pathlib.Path | None = None
+_COMPILE_ONLY = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_ACCELERATOR_TYPE": "v5p-8",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 MISSING = (
   "compiling for a TPU needs libtpu, which is not installed here; run: pip install 'jaxdec[aot]'"
@@ -43,22 +52,33 @@ def available() -> bool:
   return importlib.util.find_spec("libtpu") is not None
 
 
-def prepare(dump: str | os.PathLike | None = None) -> pathlib.Path:
-  """Sets libtpu up for compiling only, with its schedules written to a folder (returned)."""
-  global _dump
+def prepare(*, dump: bool = True) -> pathlib.Path | None:
+  """Sets libtpu up for compiling only. The first call in a process decides.
+
+  Args:
+    dump: have the schedules of kernels written to a temporary folder, for ``schedules``; compiling
+      is several times slower with it.
+
+  Returns:
+    The folder, or None without ``dump``.
+
+  Raises:
+    NoCompiler: libtpu is not installed.
+  """
+  global _dump, _ready
   if not available():
     raise NoCompiler(MISSING)
-  if _dump is not None:
+  if _ready:
     return _dump
-  _dump = pathlib.Path(dump or tempfile.mkdtemp(prefix="tpu_schedules_"))
-  _dump.mkdir(parents=True, exist_ok=True)
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
-  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-  flags = f"--xla_jf_dump_to={_dump} --xla_jf_dump_llo_text=true"
-  os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip()
+  _ready = True
+  for name, value in _COMPILE_ONLY.items():
+    os.environ.setdefault(name, value)
   jax.config.update("jax_platforms", "cpu")
+  if dump:
+    _dump = pathlib.Path(tempfile.mkdtemp(prefix="tpu_schedules_"))
+    atexit.register(shutil.rmtree, _dump, ignore_errors=True)
+    flags = f"--xla_jf_dump_to={_dump} --xla_jf_dump_llo_text=true"
+    os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip()
   return _dump
 
 
@@ -119,6 +139,8 @@ def schedules(compiled: jax.stages.Compiled) -> list[Schedule]:
   (hundreds of files a kernel).
   """
   folder = prepare()
+  if folder is None:
+    raise RuntimeError("schedules: this process was prepared with dump=False.")
   kernels = re.findall(
     r"%?([\w.\-]+) = [^\n]*custom_call_target=\"tpu_custom_call\"", compiled.as_text()
   )
