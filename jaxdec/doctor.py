@@ -24,6 +24,7 @@ _EXTRAS = {
   "hub": ("huggingface_hub",),
   "dev": ("pytest", "ruff", "beartype"),
   "compare": ("torch", "transformers"),
+  "aot": ("libtpu",),
 }
 _VARIABLES = (
   "JAX_PLATFORMS", "XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_X64",
@@ -129,20 +130,16 @@ def _memory_stats(device: Any) -> str:
 def implementations(device: Any) -> dict[str, str | None]:
   """Kernel implementation -> None where it can run on ``device``, else why it cannot."""
   kind, where = device.device_kind, device.platform
-  capability = getattr(device, "compute_capability", None)
   out: dict[str, str | None] = {"reference": None, "xla": None}
   out["mosaic_tpu"] = None if where == "tpu" else f"needs a TPU, this is {kind!r} ({where})"
-  if where not in ("gpu", "cuda"):
-    out["mosaic_gpu"] = f"needs an NVIDIA GPU of compute capability 9.0 or newer, this is {where}"
-  elif capability is None or float(capability) < 9.0:
-    out["mosaic_gpu"] = f"needs compute capability 9.0 or newer, {kind!r} has {capability}"
-  else:
-    out["mosaic_gpu"] = None
+  out["mosaic_gpu"] = "not implemented yet; 'auto' takes 'xla' on GPUs"
   return out
 
 
 def _kernels() -> Iterator[Finding]:
   import jax
+
+  from pallas_kernels import static_cost
 
   try:
     device = jax.devices()[0]
@@ -155,6 +152,11 @@ def _kernels() -> Iterator[Finding]:
     yield Finding("kernels", name, "note" if reason else "ok", detail)
   best = [name for name, reason in usable.items() if reason is None][-1]
   yield Finding("kernels", "auto", "ok", f"resolves to {best!r} on this device")
+  missing = static_cost.missing()
+  yield Finding(
+    "kernels", "static cost", "note" if missing else "ok",
+    missing or "libtpu is installed: python -m pallas_kernels.static_cost OP --topology v5e",
+  )  # fmt: skip
 
 
 def _compiler() -> Iterator[Finding]:

@@ -130,6 +130,11 @@ def analyse(
   )
 
 
+def missing() -> str | None:
+  """None where kernels can be compiled for TPUs on this machine, else what to install."""
+  return None if _aot.available() else _aot.MISSING
+
+
 def splash(spec: Spec, on: Chip, *, backward: bool = True) -> tuple[KernelReport, ...]:
   """jax's splash attention at the same shape and block size, causal: its grid loop is its unit.
 
