@@ -205,8 +205,8 @@ class BlockPattern:
     allowed, forced = _allowed_forced(T, S, block_q, block_kv, causal, diagonal, sinks)
     if (least := int(forced.sum(axis=-1).max(initial=0))) > top_k:
       raise ValueError(
-        f"BlockPattern: top_k={top_k} is less than the {least} blocks that diagonal and sinks force "
-        "into one row; raise top_k or switch those off."
+        f"BlockPattern: top_k={top_k} is less than the {least} blocks that diagonal and sinks "
+        "force into one row; raise top_k or switch those off."
       )
     score = jnp.where(jnp.isnan(scores), -jnp.inf, scores.astype(jnp.float32))
     score = jnp.where(forced, jnp.inf, jnp.where(allowed, score, -jnp.inf))
@@ -269,15 +269,19 @@ class BlockPattern:
       )
     mask = self.dense().reshape(b, heads, hm // heads, nq, -1).any(axis=2)
     most = min(self.num_kv_blocks, self.idx.shape[-1] * (hm // heads))
-    union = self.from_dense(
-      mask, block_q=self.block_q, block_kv=self.block_kv, max_blocks=most
-    )
+    union = self.from_dense(mask, block_q=self.block_q, block_kv=self.block_kv, max_blocks=most)
     return dataclasses.replace(union, overflow=self.overflow)
 
 
 jax.tree_util.register_dataclass(
   BlockPattern, data_fields=_ARRAYS, meta_fields=("block_q", "block_kv")
 )
+
+
+def dense_pattern(T: int, S: int, *, causal: bool, window: int | None) -> BlockPattern:
+  """All tiles the rule does not hide, in blocks that keep the lists short: ``blocks=None``."""
+  block = 128 if max(T, S) <= 8192 else 512
+  return BlockPattern.from_rule(T, S, block_q=block, block_kv=block, causal=causal, window=window)
 
 
 def _check_blocks(block_q: int, block_kv: int) -> None:
@@ -291,8 +295,8 @@ def _check_rule(window: int | None, prefix: int, sinks: int) -> None:
     raise ValueError(f"BlockPattern: window is at least 1, got {window}; use None for no window.")
   if prefix < 0 or sinks < 0:
     raise ValueError(
-      f"BlockPattern: prefix and sinks count tokens from the start, got {prefix} and {sinks}; use 0 "
-      "for none."
+      f"BlockPattern: prefix and sinks count tokens from the start, got {prefix} and {sinks}; use "
+      "0 for none."
     )
 
 
