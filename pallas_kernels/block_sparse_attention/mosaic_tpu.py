@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block-sparse attention on TPUs: layouts and gradients around the two Mosaic kernels.
+
+XLA lays arrays out in blocks, transposed as the kernels want them (once, in passing: head-major
+copies are needed anyway), kernels do the rest. What a kernel keeps in VMEM is a head's K and V, or
+in the backward pass its queries; longer sequences are cut into ranges that fit, lists with them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import _tpu
+from pallas_kernels._dispatch import Unsupported, require_tpu
+from pallas_kernels.block_sparse_attention._tpu_backward import backward
+from pallas_kernels.block_sparse_attention._tpu_forward import LN2, LOG2E, Rule, forward
+from pallas_kernels.block_sparse_attention.lists import Lists, compact, tile_lists
+from pallas_kernels.block_sparse_attention.pattern import BlockPattern
+
+_KEYS_PER_TRIP = 512
+_QUERIES_PER_TRIP = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class TPUConfig:
+  """How the TPU kernels go through the lists; block sizes are the pattern's.
+
+  Attributes:
+    tiles_per_trip: full key blocks a trip of the forward loop takes; None: as many as make 512
+      keys. What is left of a row goes one tile a trip.
+    backward_tiles_per_trip: the same for query blocks, backward; None: as many as make 256 queries.
+    rows_per_step: most rows of the lists that one grid step takes.
+    resident_bytes: VMEM for what stays there over many rows (forward: K and V, backward: queries,
+      cotangents, dq); None: half of the chip's. Longer sequences are cut into ranges.
+  """
+
+  tiles_per_trip: int | None = None
+  backward_tiles_per_trip: int | None = None
+  rows_per_step: int = 8
+  resident_bytes: int | None = None
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      optional = field.default is None
+      if not (value is None and optional) and (not isinstance(value, int) or value < 1):
+        raise ValueError(
+          f"TPUConfig: {field.name} is {value!r}, expected a whole number of at least 1"
+          f"{' or None' if optional else ''}."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Everything static about a call."""
+
+  rule: Rule
+  forward_tiles: int
+  backward_tiles: int
+  rows_per_step: int
+  resident_bytes: int
+  block_max: bool
+  interpret: Any
+
+  def ranges(self, blocks: int, block_bytes: int) -> int:
+    """Into how many ranges of equal size to cut ``blocks`` blocks that are to stay in VMEM."""
+    fit = max(self.resident_bytes // (2 * block_bytes), 1)  # twice: the next one is being copied
+    return -(-blocks // fit)
+
+
+def plan(
+  *,
+  T: int,
+  S: int,
+  block_q: int,
+  block_kv: int,
+  causal: bool,
+  window: int | None,
+  logit_cap: float | None,
+  scale: float,
+  block_max: bool = False,
+  config: TPUConfig | None = None,
+  interpret: Any = False,
+) -> Plan:
+  """The heuristic: see ``TPUConfig``."""
+  config = config or TPUConfig()
+  rule = Rule(
+    T, S, block_q, block_kv, causal, window, S % block_kv != 0 and not causal, logit_cap, scale
+  )
+  return Plan(
+    rule,
+    config.tiles_per_trip or max(_KEYS_PER_TRIP // block_kv, 1),
+    config.backward_tiles_per_trip or max(_QUERIES_PER_TRIP // block_q, 1),
+    config.rows_per_step,
+    config.resident_bytes or _tpu.chip().vmem_bytes // 2,
+    block_max,
+    interpret,
+  )
+
+
+def block_sparse_attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  blocks: BlockPattern,
+  segment_ids: tuple[jax.Array, jax.Array] | None,
+  *,
+  causal: bool,
+  window: int | None,
+  logit_cap: float | None,
+  scale: float,
+  block_max: bool,
+  config: TPUConfig | None,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+  """See ``pallas_kernels.block_sparse_attention``."""
+  interpret = require_tpu("block_sparse_attention")
+  T, S = q.shape[1], k.shape[1]
+  made = plan(
+    T=T, S=S, block_q=blocks.block_q, block_kv=blocks.block_kv, causal=causal, window=window,
+    logit_cap=logit_cap, scale=scale, block_max=block_max, config=config, interpret=interpret,
+  )  # fmt: skip
+  _check(q, k, v, blocks, made)
+  lists = tile_lists(blocks, T=T, S=S, causal=causal, window=window, segment_ids=segment_ids)
+  return _attend(made, q, k, v, lists, segment_ids)
+
+
+def _check(q, k, v, blocks, made: Plan) -> None:
+  dtype = jnp.result_type(q, k, v)
+  if dtype not in (jnp.bfloat16, jnp.float32):
+    raise Unsupported(
+      f"block_sparse_attention: mosaic_tpu computes in bfloat16 or float32, got {dtype}; cast the "
+      "inputs or use implementation='xla'."
+    )
+  for name, size in (("block_q", blocks.block_q), ("block_kv", blocks.block_kv)):
+    if size % _tpu.LANES:
+      raise Unsupported(
+        f"block_sparse_attention: mosaic_tpu takes blocks of a multiple of {_tpu.LANES} tokens (the "
+        f"lanes of a register), got {name}={size}; use such a block or implementation='xla'."
+      )
+  if made.block_max:
+    block_bytes = blocks.block_kv * (k.shape[-1] + v.shape[-1]) * dtype.itemsize
+    if made.ranges(blocks.num_kv_blocks, block_bytes) > 1:
+      raise Unsupported(
+        "block_sparse_attention: mosaic_tpu gives block_max where K and V of a head fit in "
+        f"{made.resident_bytes} bytes of VMEM twice, and {k.shape[1]} keys don't; raise "
+        "TPUConfig.resident_bytes or use implementation='xla'."
+      )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(made: Plan, q, k, v, lists, ids):
+  return _forward(made, q, k, v, lists, ids)[0]
+
+
+def _forward(made: Plan, q, k, v, lists: tuple[Lists, Lists], ids):
+  rule, dtype = made.rule, jnp.result_type(q, k, v)
+  B, T, N, _ = q.shape
+  Nk = -(-k.shape[1] // rule.block_kv)
+  R = made.ranges(Nk, rule.block_kv * (k.shape[-1] + v.shape[-1]) * dtype.itemsize)
+  X = -(-Nk // R)
+  c, Y = _steps(made, lists[0].num.shape[-1])
+  scaled = (q.astype(jnp.float32) * rule.query_scale).astype(dtype)
+  out, lse, peak = forward(
+    _rows(lists[0], R, X, c, Y),
+    _lanes(scaled, rule.block_q, (Y, c)),
+    _sublanes(k.astype(dtype), rule.block_kv, (R, X)),
+    _lanes(v.astype(dtype), rule.block_kv, (R, X)),
+    _ids(ids, (rule.block_q, Y, c), (rule.block_kv, R, X)),
+    rule=rule,
+    per_trip=made.forward_tiles,
+    batch_lists=lists[0].num.shape[0],
+    head_lists=lists[0].num.shape[1],
+    block_max=made.block_max,
+    out_dtype=dtype if R == 1 else jnp.float32,
+    interpret=made.interpret,
+  )
+  if R > 1:  # attention to disjoint keys: weigh each by its share of the mass
+    top = jnp.max(lse, axis=0)
+    share = jnp.exp(lse - jnp.where(top > -jnp.inf, top, 0.0))
+    mass = jnp.sum(share, axis=0)
+    some = mass > 0
+    out = jnp.sum(out * share[..., None, :], axis=0)
+    out = out / jnp.where(some, mass, 1.0)[..., None, :]
+    lse = jnp.where(some, top + jnp.log(jnp.where(some, mass, 1.0)), -jnp.inf)
+  else:
+    out, lse = out[0], lse[0]
+  out = _tokens(out, T).astype(q.dtype)
+  lse = lse.reshape(B, N, -1)[..., :T]
+  if peak is not None:
+    peak = _by_block(peak[0].reshape(B, N, Y * c, -1), lists[0], Nk)
+  return (out, lse, peak), (q, k, v, out, lse, lists, ids)
+
+
+def _backward(made: Plan, saved, cotangents):
+  q, k, v, out, lse, (_, lists), ids = saved
+  dout, dlse, _ = cotangents  # the largest weight of a tile is a target, not a path of gradients
+  rule, dtype = made.rule, jnp.result_type(q, k, v)
+  B, T, N, H = q.shape
+  S, K, Hv = k.shape[1], k.shape[2], v.shape[-1]
+  Nq = -(-T // rule.block_q)
+  width = (H + Hv) * dtype.itemsize + H * 4
+  R = made.ranges(Nq, rule.block_q * width)
+  X = -(-Nq // R)
+  c, Y = _steps(made, lists.num.shape[-1])
+  scaled = (q.astype(jnp.float32) * rule.query_scale).astype(dtype)
+  some = lse > -jnp.inf
+  di = jnp.einsum("btnh,btnh->bnt", dout.astype(jnp.float32), out.astype(jnp.float32))
+  di = jnp.where(some, di - dlse, 0.0)
+  base2 = jnp.where(some, lse * LOG2E, jnp.inf)
+  keys = _sublanes(k.astype(dtype), rule.block_kv, (Y, c))
+  dq, dk, dv = backward(
+    _rows(lists, R, X, c, Y),
+    _lanes(scaled, rule.block_q, (R, X)),
+    _lanes(dout.astype(dtype), rule.block_q, (R, X)),
+    _padded(base2, 2, R * X * rule.block_q, jnp.inf).reshape(B, N, R, X, rule.block_q),
+    _padded(di, 2, R * X * rule.block_q).reshape(B, N, R, X, rule.block_q),
+    keys,
+    keys.swapaxes(-1, -2),
+    _sublanes(v.astype(dtype), rule.block_kv, (Y, c)),
+    _ids(ids, (rule.block_q, R, X), (rule.block_kv, Y, c)),
+    rule=rule,
+    per_trip=made.backward_tiles,
+    batch_lists=lists.num.shape[0],
+    head_lists=lists.num.shape[1],
+    sum_dtype=dtype if R * (N // K) == 1 else jnp.float32,
+    interpret=made.interpret,
+  )
+
+  def over_queries(x):  # ranges of queries, and the query heads of a key head
+    x = x.astype(jnp.float32).reshape(R, B, K, N // K, *x.shape[3:])
+    return _tokens(jnp.sum(x, axis=(0, 3)), S)
+
+  key_scale = LN2 if rule.logit_cap is None else rule.logit_cap
+  dq = (_tokens(dq, T) * rule.scale).astype(q.dtype)
+  dk = (over_queries(dk) * key_scale).astype(k.dtype)
+  return dq, dk, over_queries(dv).astype(v.dtype), None, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _steps(made: Plan, rows: int) -> tuple[int, int]:
+  """Rows of a grid step, and steps."""
+  c = max(min(made.rows_per_step, rows), 1)
+  return c, -(-rows // c)
+
+
+def _padded(x: jax.Array, axis: int, size: int, value: Any = 0) -> jax.Array:
+  widths = [(0, 0)] * x.ndim
+  widths[axis] = (0, size - x.shape[axis])
+  return jnp.pad(x, widths, constant_values=value)
+
+
+def _blocks(x: jax.Array, block: int, split: tuple[int, int]) -> jax.Array:
+  """``[B,T,N,H]`` as ``[B,Y,c,block,N,H]``, zeros behind."""
+  x = _padded(x, 1, split[0] * split[1] * block)
+  return x.reshape(x.shape[0], *split, block, *x.shape[2:])
+
+
+def _sublanes(x: jax.Array, block: int, split: tuple[int, int]) -> jax.Array:
+  """``[B,N,Y,c,block,H]``: tokens along sublanes."""
+  return _blocks(x, block, split).transpose(0, 4, 1, 2, 3, 5)
+
+
+def _lanes(x: jax.Array, block: int, split: tuple[int, int]) -> jax.Array:
+  """``[B,N,Y,c,H,block]``: tokens along lanes."""
+  return _blocks(x, block, split).transpose(0, 4, 1, 2, 5, 3)
+
+
+def _tokens(x: jax.Array, length: int) -> jax.Array:
+  """``[B,N,Y,c,H,block]`` as ``[B,T,N,H]``."""
+  B, N, Y, c, H, block = x.shape
+  return x.transpose(0, 2, 3, 5, 1, 4).reshape(B, Y * c * block, N, H)[:, :length]
+
+
+def _ids(ids, queries: tuple[int, int, int], keys: tuple[int, int, int]):
+  """Ids of queries and of keys in blocks, -1 behind; None stays None."""
+  if ids is None:
+    return None
+  made = []
+  for x, (block, *split) in zip(ids, (queries, keys)):
+    x = _padded(x.astype(jnp.int32), 1, split[0] * split[1] * block, -1)
+    made.append(x.reshape(x.shape[0], *split, block))
+  return tuple(made)
+
+
+def _rows(lists: Lists, ranges: int, size: int, c: int, steps: int) -> jax.Array:
+  """i32 ``[Bm*Hm*ranges*steps, c, 2 + most]``: full tiles, all tiles, blocks of each row and range.
+
+  A row of a range lists what of the row's list is in the range, counted from its first block.
+  """
+  num_full, num, idx = (x[:, :, None] for x in lists)  # [Bm,Hm,1,Nx(,C)]
+  if ranges > 1:
+    first = jnp.arange(ranges, dtype=jnp.int32)[:, None, None] * size
+    slot = jnp.arange(idx.shape[-1])
+    inside = (slot < num[..., None]) & (idx >= first) & (idx < first + size)
+    full = slot < num_full[..., None]
+    num, idx = compact(jnp.where(full, 0, 1), inside, idx - first)
+    num_full = jnp.sum(inside & full, axis=-1, dtype=jnp.int32)
+    idx = idx[..., : min(size, idx.shape[-1])]
+  rows = jnp.concatenate([num_full[..., None], num[..., None], idx], axis=-1)
+  rows = _padded(rows, 3, steps * c)
+  return rows.reshape(-1, c, rows.shape[-1])
+
+
+def _by_block(peak: jax.Array, lists: Lists, key_blocks: int) -> jax.Array:
+  """``[B,N,Nq,C]`` in the order of the lists as ``[B,N,Nq,Nk]``; 0 for tiles not listed."""
+  B, N = peak.shape[:2]
+  Hm, Nq, C = lists.idx.shape[1:]
+  peak = peak[:, :, :Nq, :C]
+  heads = jnp.repeat(lists.idx, N // Hm, axis=1)
+  idx = jnp.broadcast_to(heads, peak.shape)
+
+  def scatter(values, index):  # entries past the count are 0 at a block that exists
+    return jnp.zeros(key_blocks, values.dtype).at[index].max(values)
+
+  return jax.vmap(jax.vmap(jax.vmap(scatter)))(peak, idx)
