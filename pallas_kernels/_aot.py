@@ -192,6 +192,8 @@ def _schedule(name: str, bundles: str, units: str, placed: str) -> Schedule:
         j < last and marks[j][1] >= depth and not (marks[j][0] == "LB" and marks[j][1] == depth)
       ):
         j += 1
+      if marks[i][0] != "LB" and found:  # bundles in the shadow of a branch: the loop goes on
+        i = found.pop().start
       inner = loops(i, j, depth + 1)
       own = [r for r in range(i, j) if marks[r][1] == depth]
       found.append(Loop(depth, i, j - i, len(own), total(range(i, j)), total(own), inner))
