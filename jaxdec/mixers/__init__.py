@@ -8,11 +8,7 @@ from typing import Any
 from jaxdec.mixers.attention import Attention, AttentionConfig
 from jaxdec.mixers.base import Mixer, Topology, ancestors_from_parents
 from jaxdec.mixers.linear_attention import LinearAttention, LinearAttentionConfig
-from jaxdec.mixers.linear_recurrence import (
-  chunked_linear_attention,
-  recurrent_linear_attention,
-  tree_linear_attention,
-)
+from jaxdec.mixers.linear_tree import tree_linear_attention
 from jaxdec.mixers.norms import NormConfig
 from jaxdec.mixers.rope import RopeConfig
 
@@ -44,7 +40,5 @@ __all__ = [
   "Topology",
   "ancestors_from_parents",
   "build_mixer",
-  "chunked_linear_attention",
-  "recurrent_linear_attention",
   "tree_linear_attention",
 ]

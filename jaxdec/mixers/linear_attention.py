@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear attention with scalar decay as a mixer: linear attention, RetNet, Lightning, SSD-like.
 
-The arithmetic is in ``jaxdec.mixers.linear_recurrence``; this module holds the parameters. The
-state of a row is one matrix a kv head, whatever the number of tokens read.
+The arithmetic is ``pallas_kernels.linear_attention`` and, for trees, ``jaxdec.mixers.linear_tree``;
+this module holds the parameters. The state of a row is one matrix a kv head, whatever the number of
+tokens read.
 """
 
 from __future__ import annotations
@@ -20,13 +21,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxdec.errors import UserError, nearest
 from jaxdec.mixers.base import Topology, gather_nodes
-from jaxdec.mixers.linear_recurrence import (
-  chunked_linear_attention,
-  tree_linear_attention,
-  update_state,
-)
+from jaxdec.mixers.linear_tree import leave_out, tree_linear_attention, update_state
 from jaxdec.mixers.norms import Dense, NormConfig, RMSNorm
 from jaxdec.mixers.rope import RopeConfig, apply_rope
+from pallas_kernels.linear_attention import linear_attention
 
 _CHOICES = {
   "decay": ("none", "fixed", "data"),
@@ -53,7 +51,8 @@ class LinearAttentionConfig:
     output_norm: RMSNorm per head on the output. output_gate: times ``silu(gate(x))``.
     rope: rotary embedding of q and k, after the feature map; None: none.
     scale: factor on q (None: ``H ** -0.5``).
-    chunk_size: tokens per chunk of the parallel form; changes speed and rounding only.
+    chunk_size: tokens per chunk of the parallel form, a power of two; changes speed and rounding
+      only. None: chosen for the platform.
   """
 
   num_heads: int
@@ -68,7 +67,7 @@ class LinearAttentionConfig:
   output_gate: bool = True
   rope: RopeConfig | None = None
   scale: float | None = None
-  chunk_size: int = 64
+  chunk_size: int | None = None
 
   def __post_init__(self):
     def fail(message):
@@ -78,12 +77,15 @@ class LinearAttentionConfig:
       value = getattr(self, field)
       if value not in known:
         fail(f"{field}={value!r}{nearest(str(value), known)} is not one of {', '.join(known)}")
-    for field in ("num_heads", "head_dim", "kv_heads", "value_width", "chunk_size"):
+    for field in ("num_heads", "head_dim", "kv_heads", "value_width"):
       if getattr(self, field) < 1:
         fail(
           f"{field.replace('kv_heads', 'num_kv_heads')} must be at least 1, "
           f"got {getattr(self, field)}"
         )
+    size = self.chunk_size
+    if size is not None and (size < 1 or size & (size - 1)):
+      fail(f"chunk_size must be a power of two such as 64, or None, got {size}")
     if self.num_heads % self.kv_heads:
       fail(
         f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.kv_heads}; "
@@ -226,17 +228,19 @@ class LinearAttention(nn.Module):
       out = out * jax.nn.silu(self.gate(x))
     return self.o(out)
 
+  def _recurrence(self, q, k, v, g, **kwargs):
+    """The op, which keeps a state for every query head: those of a group are equal."""
+    c, group = self.config, self.config.num_heads // self.config.kv_heads
+    if g is not None:
+      g = jnp.repeat(g, group, axis=2)
+    out, state = linear_attention(
+      q, k, v, log_decay=g, scale=c.scale, chunk_size=c.chunk_size, **kwargs
+    )
+    return out, state[:, ::group]
+
   def __call__(self, x, positions, segment_ids=None):
     q, k, v, g = self._project(x, positions)
-    out, _ = chunked_linear_attention(
-      q,
-      k,
-      v,
-      log_decay=g,
-      segment_ids=segment_ids,
-      scale=self.config.scale,
-      chunk_size=self.config.chunk_size,
-    )
+    out, _ = self._recurrence(q, k, v, g, segment_ids=segment_ids)
     return self._output(out, x)
 
   def init_state(self, batch, capacity, dtype=None):
@@ -249,16 +253,8 @@ class LinearAttention(nn.Module):
   def extend(self, x, state, positions):
     q, k, v, g = self._project(x, positions)
     valid = positions >= 0
-    out, kv = chunked_linear_attention(
-      q,
-      k,
-      v,
-      log_decay=g,
-      initial_state=state.kv,
-      valid=valid,
-      scale=self.config.scale,
-      chunk_size=self.config.chunk_size,
-    )
+    k, v, g = leave_out(k, v, g, valid)
+    out, kv = self._recurrence(q, k, v, g, initial_state=state.kv)
     return self._output(out, x), LinearState(kv, state.length + valid.sum(1, dtype=jnp.int32))
 
   def verify(self, x, state, topology: Topology):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdec.mixers.linear_recurrence import chunked_linear_attention, recurrent_linear_attention
+from pallas_kernels.linear_attention import linear_attention
 
 pytestmark = pytest.mark.compare
 
@@ -26,9 +26,9 @@ def fla():
   return module.naive_recurrent_simple_gla
 
 
-@pytest.mark.parametrize("form", [chunked_linear_attention, recurrent_linear_attention])
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
 @pytest.mark.parametrize("strength", [0.05, 3.0])
-def test_outputs_state_and_gradients(fla, form, strength):
+def test_outputs_state_and_gradients(fla, implementation, strength):
   """Both of its outputs and all five gradients, at a length that is no multiple of the chunk."""
   import torch
 
@@ -50,11 +50,10 @@ def test_outputs_state_and_gradients(fla, form, strength):
   loss = (out * torch.tensor(out_weight)).sum() + (state * torch.tensor(state_weight)).sum()
   loss.backward()
 
-  chunk = {"chunk_size": 16} if form is chunked_linear_attention else {}
-
   def ours(a):
-    out, state = form(
-      a["q"], a["k"], a["v"], log_decay=a["g"], initial_state=a["s"], **chunk
+    out, state = linear_attention(
+      a["q"], a["k"], a["v"], log_decay=a["g"], initial_state=a["s"], chunk_size=16,
+      implementation=implementation,
     )  # fmt: skip
     return jnp.sum(out * out_weight) + jnp.sum(state * state_weight), (out, state)
 

@@ -54,7 +54,7 @@ MIXERS = {
     decay="fixed",
     feature_map="identity",
     rope=RopeConfig(),
-    chunk_size=3,
+    chunk_size=2,
   ),
   "linear_data_decay": LinearAttentionConfig(
     num_heads=4, num_kv_heads=2, head_dim=6, chunk_size=4, scale=1.0
