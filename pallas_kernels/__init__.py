@@ -6,5 +6,15 @@ Every op is a function with ``implementation="auto" | "reference" | "xla" | "mos
 """
 
 from pallas_kernels._dispatch import Unsupported, target
+from pallas_kernels.block_sparse_attention import BlockPattern, block_sparse_attention
+from pallas_kernels.delta_rule import delta_rule
+from pallas_kernels.linear_cross_entropy import linear_cross_entropy
 
-__all__ = ["Unsupported", "target"]
+__all__ = [
+  "BlockPattern",
+  "Unsupported",
+  "block_sparse_attention",
+  "delta_rule",
+  "linear_cross_entropy",
+  "target",
+]

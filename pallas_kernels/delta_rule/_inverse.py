@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inverse of ``I + A``, A strictly lower triangular, by block doubling: matrix products alone.
+
+With the inverses of the diagonal blocks of b rows, those of 2b rows follow by
+
+  [[L, 0], [M, R]]^-1 = [[L^-1, 0], [-R^-1 M L^-1, R^-1]].
+
+As accurate as forward substitution. The Neumann product ``(I - A)(I + A^2)(I + A^4)..`` costs the
+same and is useless: its powers cancel as soon as keys resemble one another.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels._chunks import Products, grid
+
+
+def small(a: jax.Array, dot: Products) -> jax.Array:
+  """Of one small tile ``[C,C]``: doubling with masks, on whole products."""
+  i, j = grid(*a.shape)
+  inverse = (i == j).astype(a.dtype)
+  level = 0
+  while (1 << level) < a.shape[0]:
+    here = (i >> (level + 1) == j >> (level + 1)) & (i >> level > j >> level)
+    inverse = inverse - dot(inverse, dot(jnp.where(here, a, 0), inverse))
+    level += 1
+  return inverse
+
+
+def doubling(a: jax.Array, dot: Products, first: int = 16) -> jax.Array:
+  """Of ``[C,C]``: blocks of ``first`` rows by ``small``, then only the products that are not zero.
+
+  About C^3 / 3 multiply-adds; ``small`` has 2 C^3 log2 C.
+  """
+  rows = a.shape[0]
+  b = min(first, rows)
+
+  def blocks(size):  # [rows/size, size, size], those on the diagonal
+    n = rows // size
+    return jnp.moveaxis(jnp.diagonal(a.reshape(n, size, n, size), axis1=0, axis2=2), -1, 0)
+
+  def dots(x, y):
+    return jax.vmap(lambda x, y: dot(x, y))(x, y)
+
+  inverse = jax.vmap(lambda block: small(block, dot))(blocks(b))
+  while b < rows:
+    left, right = inverse[0::2], inverse[1::2]
+    below = -dots(right, dots(blocks(2 * b)[:, b:, :b], left))
+    upper = jnp.concatenate([left, jnp.zeros_like(left)], axis=2)
+    inverse = jnp.concatenate([upper, jnp.concatenate([below, right], axis=2)], axis=1)
+    b *= 2
+  return inverse[0]
