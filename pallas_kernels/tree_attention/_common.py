@@ -32,14 +32,17 @@ class XLAConfig:
 class TPUConfig:
   """Tile sizes of the TPU kernel.
 
+  By the compiler's schedules a tile of 1,024 slots hides most of the latency of a step: 16 nodes of
+  four query heads each take half (v5e) to three quarters (v6e) of the time the tile's copy takes.
+
   Attributes:
     block_s: cache slots in a tile, a multiple of 128.
     block_rows: the rows (nodes x query heads of one key/value head) are split into tiles of at most
       this many, a multiple of 16; the cache is read once a tile.
-    transposed: slots along sublanes and rows along lanes; None: where there are 64 rows or more.
+    transposed: slots along sublanes and rows along lanes; None: for tiles of more than 256 rows.
   """
 
-  block_s: int = 512
+  block_s: int = 1024
   block_rows: int = 512
   transposed: bool | None = None
 

@@ -98,8 +98,10 @@ def _pad(x, axis: int, multiple: int):
 
 def tiles_of(config: TPUConfig, rows: int, slots: int) -> tuple[bool, int, int]:
   """``(transposed, rows in a tile, slots in a tile)``."""
-  transposed = rows >= 64 if config.transposed is None else config.transposed
   count = -(-rows // config.block_rows)
+  transposed = config.transposed
+  if transposed is None:
+    transposed = rows > 256 * count
   unit = _tpu.LANES if transposed else 16
   tile_rows = -(-rows // (count * unit)) * unit
   return transposed, tile_rows, min(config.block_s, -(-max(slots, 1) // 16) * 16)
@@ -189,7 +191,7 @@ def _forward(rules: Rules, q, k_cache, v_cache, length, k_nodes, v_nodes, words,
         pltpu.VMEM((2, tile, width), dtype),
         pltpu.VMEM((width, tile_rows) if transposed else (tile_rows, width), jnp.float32),
         pltpu.VMEM((1, tile_rows) if transposed else (tile_rows, 1), jnp.float32),
-        pltpu.VMEM((1, tile_rows) if transposed else (tile_rows, 1), jnp.float32),
+        pltpu.VMEM((1, tile_rows) if transposed else (tile_rows, _tpu.LANES), jnp.float32),
         pltpu.SemaphoreType.DMA((2, 2)),
       ],
     ),
@@ -202,6 +204,15 @@ def _forward(rules: Rules, q, k_cache, v_cache, length, k_nodes, v_nodes, words,
   if transposed:
     acc, lse = acc.swapaxes(2, 3), lse.swapaxes(2, 3)
   return unfold(acc[:, :, :rows], m).astype(result), lse[:, :, :rows, 0].reshape(b, n, m)
+
+
+def _partial_sum(p):
+  """``[rows,slots]`` summed over slots as far as plain vector adds go: to ``[rows,128]``."""
+  lanes = _tpu.LANES
+  if p.shape[1] % lanes:  # a short cache, met in one tile
+    lane = jax.lax.broadcasted_iota(jnp.int32, (p.shape[0], lanes), 1)
+    return jnp.where(lane == 0, jnp.sum(p, 1, keepdims=True), 0.0)
+  return sum(jax.lax.slice_in_dim(p, i, i + lanes, axis=1) for i in range(0, p.shape[1], lanes))
 
 
 def _kernel(
@@ -258,7 +269,9 @@ def _kernel(
       p = jnp.where(mask, p, 0.0)  # a row without a visible key has new = _FLOOR
     keep = jnp.exp2(top - new)
     top_ref[...] = new
-    total_ref[...] = total_ref[...] * keep + jnp.sum(p, key_axis, keepdims=True)
+    total_ref[...] = total_ref[...] * keep + (
+      jnp.sum(p, 0, keepdims=True) if transposed else _partial_sum(p)
+    )
     p = p.astype(v.dtype)
     if transposed:
       gained = mul(v, p, (((0,), (0,)), ((), ())))  # [Hv,rows]
@@ -299,7 +312,7 @@ def _kernel(
       word = jnp.where(node >> 5 == w, mine, word)
     update(k, v, (jax.lax.shift_right_logical(word, node & 31) & 1) == 1)
 
-  total = total_ref[...]
+  total = total_ref[...] if transposed else jnp.sum(total_ref[...], 1, keepdims=True)
   seen = total > 0
   safe = jnp.where(seen, total, 1.0)
   out_ref[0, 0] = acc_ref[...] / safe
