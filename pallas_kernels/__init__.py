@@ -9,6 +9,7 @@ from pallas_kernels._dispatch import Unsupported, target
 from pallas_kernels.block_sparse_attention import BlockPattern, block_sparse_attention
 from pallas_kernels.delta_rule import delta_rule
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
+from pallas_kernels.tree_attention import tree_attention
 
 __all__ = [
   "BlockPattern",
@@ -17,4 +18,5 @@ __all__ = [
   "delta_rule",
   "linear_cross_entropy",
   "target",
+  "tree_attention",
 ]
