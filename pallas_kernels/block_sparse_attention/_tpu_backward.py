@@ -24,10 +24,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import _tpu
-from pallas_kernels.block_sparse_attention._tpu_forward import Rule, product, walk
+from pallas_kernels.block_sparse_attention._tpu_forward import Rule, product, run
 
 
-def _kernel(rows, q, do, lse, di, k, k_t, v, *refs, rule: Rule, per_trip: int, has_ids: bool):
+def _kernel(jobs, q, do, lse, di, k, k_t, v, *refs, rule: Rule, per_trip: int, has_ids: bool):
   refs = list(refs)
   q_ids, kv_ids = (refs.pop(0), refs.pop(0)) if has_ids else (None, None)
   dq, dk, dv, dk_acc, dv_acc = refs
@@ -35,53 +35,67 @@ def _kernel(rows, q, do, lse, di, k, k_t, v, *refs, rule: Rule, per_trip: int, h
   query_base = pl.program_id(2) * query_blocks
   key_base = pl.program_id(3) * count
 
-  def clear(i, _):
+  def clear_queries(i, _):
     dq[0, 0, 0, i] = jnp.zeros(dq.shape[4:], dq.dtype)
     return 0
 
-  jax.lax.fori_loop(0, jnp.where(pl.program_id(3) == 0, query_blocks, 0), clear, 0)
+  jax.lax.fori_loop(0, jnp.where(pl.program_id(3) == 0, query_blocks, 0), clear_queries, 0)
 
-  def row(r, _):
-    num_full, num = rows[0, r, 0], rows[0, r, 1]
-    keys, keys_t, values = k.at[0, 0, 0, r], k_t.at[0, 0, 0, r], v.at[0, 0, 0, r]
-    dk_acc[...] = jnp.zeros_like(dk_acc)
-    dv_acc[...] = jnp.zeros_like(dv_acc)
-
-    def visit(t, tiles, masked):
-      dk_sum, dv_sum = [], []
-      for n in range(tiles):
-        block = rows[0, r, 2 + t + n]
-        queries, cotangent = q[0, 0, 0, block], do[0, 0, 0, block]
-        s, bounded = rule.logits(product(keys[...], queries))
-        p = jnp.exp2(s - lse[0, 0, 0, pl.ds(block, 1), :])
-        if masked:
-          ids = None
-          if has_ids:
-            ids = q_ids[0, 0, pl.ds(block, 1), :], kv_ids[0, 0, pl.ds(r, 1), :]
-          seen = rule.visible(query_base + block, key_base + r, ids)
-          p = p if seen is None else jnp.where(seen, p, 0.0)
-        dp = product(values[...], cotangent)
-        ds = p * (dp - di[0, 0, 0, pl.ds(block, 1), :])
-        if bounded is not None:
-          ds = ds * (1.0 - bounded * bounded)
-        ds, p = ds.astype(q.dtype), p.astype(q.dtype)
-        dv_sum.append(product(cotangent, p, transposed=True))
-        dk_sum.append(product(queries, ds, transposed=True))
-        dq[0, 0, 0, block] += product(keys_t[...], ds)
-      dv_acc[...] += functools.reduce(jnp.add, dv_sum)
-      dk_acc[...] += functools.reduce(jnp.add, dk_sum)
-
-    t = walk(0, num_full, per_trip, functools.partial(visit, tiles=per_trip, masked=False))
-    walk(t, num, 1, functools.partial(visit, tiles=1, masked=True))
-    dk[0, 0, 0, 0, r] = dk_acc[...].astype(dk.dtype)
-    dv[0, 0, 0, 0, r] = dv_acc[...].astype(dv.dtype)
+  def clear(r, _):
+    dk_acc[r] = jnp.zeros(dk_acc.shape[1:], dk_acc.dtype)
+    dv_acc[r] = jnp.zeros(dv_acc.shape[1:], dv_acc.dtype)
     return 0
 
-  jax.lax.fori_loop(0, count, row, 0)
+  jax.lax.fori_loop(0, count, clear, 0)
+
+  def tile(row, listed, masked):
+    block = jnp.minimum(listed, query_blocks - 1)
+    queries, cotangent = q[0, 0, 0, block], do[0, 0, 0, block]
+    s, bounded = rule.logits(product(k[0, 0, 0, row], queries))
+    p = jnp.exp2(s - lse[0, 0, 0, pl.ds(listed, 1), :])
+    if masked:
+      ids = None
+      if has_ids:
+        ids = q_ids[0, 0, pl.ds(block, 1), :], kv_ids[0, 0, pl.ds(row, 1), :]
+      seen = rule.visible(query_base + block, key_base + row, ids)
+      p = p if seen is None else jnp.where(seen, p, 0.0)
+    dp = product(v[0, 0, 0, row], cotangent)
+    ds = p * (dp - di[0, 0, 0, pl.ds(listed, 1), :])
+    if bounded is not None:
+      ds = ds * (1.0 - bounded * bounded)
+    ds, p = ds.astype(q.dtype), p.astype(q.dtype)
+    return (
+      product(k_t[0, 0, 0, row], ds),
+      product(queries, ds, transposed=True),
+      product(cotangent, p, transposed=True),
+    )
+
+  def of_one_row(row, blocks):
+    parts = [tile(row, block, masked=False) for block in blocks]
+    for block, (of_queries, _, _) in zip(blocks, parts):
+      dq[0, 0, 0, block] += of_queries
+    dk_acc[row] += functools.reduce(jnp.add, [x for _, x, _ in parts])
+    dv_acc[row] += functools.reduce(jnp.add, [x for _, _, x in parts])
+
+  def of_any(tiles):
+    for row, block in tiles:
+      of_queries, of_keys, of_values = tile(row, block, masked=True)
+      dq[0, 0, 0, jnp.minimum(block, query_blocks - 1)] += of_queries
+      dk_acc[row] += of_keys
+      dv_acc[row] += of_values
+
+  run(jobs, per_trip, of_one_row, of_any)
+
+  def finish(r, _):
+    dk[0, 0, 0, 0, r] = dk_acc[r].astype(dk.dtype)
+    dv[0, 0, 0, 0, r] = dv_acc[r].astype(dv.dtype)
+    return 0
+
+  jax.lax.fori_loop(0, count, finish, 0)
 
 
 def backward(
-  rows: jax.Array,
+  jobs: jax.Array,
   q: jax.Array,
   do: jax.Array,
   lse: jax.Array,
@@ -104,10 +118,11 @@ def backward(
   key blocks.
 
   Args:
-    rows: i32 ``[batch_lists * head_lists * R * Y, c, W]``: full tiles, all tiles, query blocks.
+    jobs: i32 ``[batch_lists * head_lists * R * Y, 1, W]`` as in the forward pass, of key rows and
+      query blocks. Block X is no block: tiles that fill up the last trip.
     q, do: ``[B,N,R,X,H,bq]``, ``[B,N,R,X,Hv,bq]``.
-    lse, di: f32 ``[B,N,R,X,bq]``: of base 2, +inf in rows that see nothing; ``sum(do * out)``
-      less the cotangent of lse.
+    lse, di: f32 ``[B,N,R,X+1,bq]``: of base 2, +inf in rows that see nothing and in the last of a
+      range; ``sum(do * out)`` less the cotangent of lse.
     k, v: ``[B,K,Y,c,bk,H]``, ``[B,K,Y,c,bk,Hv]``. k_t: ``[B,K,Y,c,H,bk]``.
     ids: i32 ``[B,R,X,bq]`` and ``[B,Y,c,bk]``.
 
@@ -116,18 +131,16 @@ def backward(
   """
   B, N, R, X, H, bq = q.shape
   K, Y, c, bk = k.shape[1:5]
-  Hv, W = v.shape[5], rows.shape[-1]
+  Hv, W = v.shape[5], jobs.shape[-1]
   G = N // K
 
-  def list_row(b, n, r, y):
+  def of_step(b, n, r, y):
     of_batch = b if batch_lists > 1 else 0
     of_head = jax.lax.div(n, N // head_lists)
     return (((of_batch * head_lists + of_head) * R + r) * Y + y, 0, 0)
 
   def resident(*shape):
-    return pl.BlockSpec(
-      (1, 1, 1, X, *shape), lambda b, n, r, y: (b, n, r) + (0,) * (1 + len(shape))
-    )
+    return pl.BlockSpec((1, 1, 1, *shape), lambda b, n, r, y: (b, n, r) + (0,) * len(shape))
 
   def passing(*shape):
     return pl.BlockSpec((1, 1, 1, c, *shape), lambda b, n, r, y: (b, jax.lax.div(n, G), y, 0, 0, 0))
@@ -136,14 +149,14 @@ def backward(
     return pl.BlockSpec((1, 1, 1, 1, c, *shape), lambda b, n, r, y: (r, b, n, y, 0, 0, 0))
 
   in_specs = [
-    pl.BlockSpec((1, c, W), list_row, memory_space=pltpu.SMEM),
-    resident(H, bq), resident(Hv, bq), resident(bq), resident(bq),
+    pl.BlockSpec((1, 1, W), of_step, memory_space=pltpu.SMEM),
+    resident(X, H, bq), resident(X, Hv, bq), resident(X + 1, bq), resident(X + 1, bq),
     passing(bk, H), passing(H, bk), passing(bk, Hv),
   ]  # fmt: skip
   if ids is not None:
     in_specs.append(pl.BlockSpec((1, 1, X, bq), lambda b, n, r, y: (b, r, 0, 0)))
     in_specs.append(pl.BlockSpec((1, 1, c, bk), lambda b, n, r, y: (b, y, 0, 0)))
-  tiles = B * N * R * Y * c * (W - 2)  # at most
+  tiles = B * N * R * Y * (W - 2)  # at most
   return _tpu.call(
     functools.partial(_kernel, rule=rule, per_trip=per_trip, has_ids=ids is not None),
     name="block_sparse_backward",
@@ -156,8 +169,8 @@ def backward(
       num_scalar_prefetch=0,
       grid=(B, N, R, Y),
       in_specs=in_specs,
-      out_specs=(resident(H, bq), summed(H, bk), summed(Hv, bk)),
-      scratch_shapes=[pltpu.VMEM((H, bk), jnp.float32), pltpu.VMEM((Hv, bk), jnp.float32)],
+      out_specs=(resident(X, H, bq), summed(H, bk), summed(Hv, bk)),
+      scratch_shapes=[pltpu.VMEM((c, H, bk), jnp.float32), pltpu.VMEM((c, Hv, bk), jnp.float32)],
     ),
     dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
     flops=2 * tiles * bq * bk * (3 * H + 2 * Hv),
@@ -166,4 +179,4 @@ def backward(
     interpret=interpret,
     vmem_limit_bytes=_tpu.chip().vmem_bytes * 15 // 16,
     disable_bounds_checks=True,
-  )(rows, q, do, lse, di, k, k_t, v, *(ids or ()))
+  )(jobs, q, do, lse, di, k, k_t, v, *(ids or ()))

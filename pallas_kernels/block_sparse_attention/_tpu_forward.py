@@ -28,6 +28,8 @@ from pallas_kernels import _tpu
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
+ROW_BITS = 8  # of a packed job
+MAX_ROWS = 1 << ROW_BITS
 FLOOR = -(2.0**120)  # maximum of no logits; finite, for -inf minus -inf is NaN
 
 
@@ -104,92 +106,121 @@ def product(a: jax.Array, b: jax.Array, *, transposed: bool = False) -> jax.Arra
   )
 
 
-def walk(first, stop, per_trip: int, visit) -> jax.Array:
-  """Calls ``visit(t)`` for t = first, first + per_trip, ... while a whole trip fits before stop."""
-  trips = jax.lax.div(stop - first, per_trip)
+def unpack(job: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Row within its step, and block, of an entry of the job lists (``mosaic_tpu`` packs them)."""
+  return job & (MAX_ROWS - 1), jax.lax.shift_right_logical(job, ROW_BITS)
 
-  def body(trip, _):
-    visit(first + trip * per_trip)
+
+def run(jobs, per_trip: int, of_one_row, of_any) -> None:
+  """The trips of a step: ``of_one_row(row, blocks)`` of full tiles, then ``of_any(tiles)``."""
+  first, trips = jobs[0, 0, 0], jobs[0, 0, 1]
+
+  def tiles(t):
+    return [unpack(jobs[0, 0, 2 + t * per_trip + n]) for n in range(per_trip)]
+
+  def full(t, _):
+    listed = tiles(t)
+    of_one_row(listed[0][0], [block for _, block in listed])
     return 0
 
-  jax.lax.fori_loop(0, trips, body, 0)
-  return first + trips * per_trip
+  def rest(t, _):
+    of_any(tiles(t))
+    return 0
+
+  jax.lax.fori_loop(0, first, full, 0)
+  jax.lax.fori_loop(first, trips, rest, 0)
 
 
-def _kernel(rows, q, k, v, *refs, rule: Rule, per_trip: int, has_ids: bool, block_max: bool):
+def _kernel(jobs, q, k, v, *refs, rule: Rule, per_trip: int, has_ids: bool, block_max: bool):
   refs = list(refs)
   q_ids, kv_ids = (refs.pop(0), refs.pop(0)) if has_ids else (None, None)
   out, lse = refs.pop(0), refs.pop(0)
-  tile_max = refs.pop(0) if block_max else None
+  peaks = refs.pop(0) if block_max else None
   acc, top, total = refs[:3]
-  tile_top = refs[3] if block_max else None
+  tops = refs[3] if block_max else None
   count, key_blocks = q.shape[3], k.shape[3]
   key_base = pl.program_id(2) * key_blocks
   query_base = pl.program_id(4) * count
 
-  def row(r, _):
-    num_full, num = rows[0, r, 0], rows[0, r, 1]
-    queries = q.at[0, 0, 0, r]
-    acc[...] = jnp.zeros_like(acc)
-    top[...] = jnp.full_like(top, FLOOR)
-    total[...] = jnp.zeros_like(total)
+  def clear(r, _):
+    acc[r] = jnp.zeros(acc.shape[1:], acc.dtype)
+    top[r] = jnp.full(top.shape[1:], FLOOR, top.dtype)
+    total[r] = jnp.zeros(total.shape[1:], total.dtype)
+    if block_max:
+      tops[r] = jnp.full(tops.shape[1:], -jnp.inf, tops.dtype)
+    return 0
 
-    def visit(t, tiles, masked):
-      blocks = [rows[0, r, 2 + t + n] for n in range(tiles)]
-      logits = []
-      for block in blocks:
-        s, _ = rule.logits(product(k[0, 0, 0, block], queries[...]))
-        if masked:
-          ids = None
-          if has_ids:
-            ids = q_ids[0, 0, pl.ds(r, 1), :], kv_ids[0, 0, pl.ds(block, 1), :]
-          seen = rule.visible(query_base + r, key_base + block, ids)
-          s = s if seen is None else jnp.where(seen, s, -jnp.inf)
-        logits.append(s)
+  jax.lax.fori_loop(0, count, clear, 0)
+
+  def logits(row, block):
+    return rule.logits(product(k[0, 0, 0, block], q[0, 0, 0, row]))[0]
+
+  def of_one_row(row, blocks):
+    tiles = [logits(row, block) for block in blocks]
+    if block_max:
+      for block, s in zip(blocks, tiles):
+        tops[row, pl.ds(block, 1), :] = jnp.max(s, axis=0, keepdims=True)
+    highest = jnp.max(functools.reduce(jnp.maximum, tiles), axis=0, keepdims=True)
+    now = jnp.maximum(top[row], highest)
+    fade = jnp.exp2(top[row] - now)
+    weights = [jnp.exp2(s - now) for s in tiles]
+    mass = functools.reduce(jnp.add, weights)
+    mass = jnp.sum(mass.reshape(-1, _tpu.SUBLANES, mass.shape[-1]), axis=0)
+    parts = (product(v[0, 0, 0, b], p.astype(v.dtype)) for b, p in zip(blocks, weights))
+    top[row] = now
+    total[row] = fade * total[row] + mass
+    acc[row] = fade * acc[row] + functools.reduce(jnp.add, parts)
+
+  def of_any(tiles):
+    # Each tile has a softmax of its own, so that none waits for another; then they are merged.
+    parts = []
+    for row, block in tiles:
+      query = jnp.minimum(row, count - 1)
+      s, ids = logits(query, block), None
+      if has_ids:
+        ids = q_ids[0, 0, pl.ds(query, 1), :], kv_ids[0, 0, pl.ds(block, 1), :]
+      seen = rule.visible(query_base + query, key_base + block, ids)
+      s = s if seen is None else jnp.where(seen, s, -jnp.inf)
+      highest = jnp.max(s, axis=0, keepdims=True)
       if block_max:
-        tops = [jnp.max(s, axis=0, keepdims=True) for s in logits]
-        for n, x in enumerate(tops):
-          tile_top[pl.ds(t + n, 1), :] = x
-        highest = functools.reduce(jnp.maximum, tops)
-      else:
-        highest = jnp.max(functools.reduce(jnp.maximum, logits), axis=0, keepdims=True)
-      before = top[...]
-      now = jnp.maximum(before, highest)
-      fade = jnp.exp2(before - now)
-      weights = [jnp.exp2(s - now) for s in logits]
-      summed = functools.reduce(jnp.add, weights)
-      # Sums over keys stay apart in the eight sublanes until the end.
-      summed = jnp.sum(summed.reshape(-1, _tpu.SUBLANES, summed.shape[-1]), axis=0)
-      top[...] = now
-      total[...] = fade * total[...] + summed
-      seen = (product(v[0, 0, 0, b], p.astype(v.dtype)) for b, p in zip(blocks, weights))
-      acc[...] = fade * acc[...] + functools.reduce(jnp.add, seen)
+        tops[row, pl.ds(block, 1), :] = highest
+      own = jnp.maximum(highest, FLOOR)
+      p = jnp.exp2(s - own)
+      mass = jnp.sum(p.reshape(-1, _tpu.SUBLANES, p.shape[-1]), axis=0)
+      parts.append((row, own, mass, product(v[0, 0, 0, block], p.astype(v.dtype))))
+    for n, (row, own, mass, part) in enumerate(parts):
+      before = top[row]
+      now = jnp.maximum(before, own)
+      fade, share = jnp.exp2(before - now), jnp.exp2(own - now)
+      top[row] = now
+      total[row] = fade * total[row] + share * mass
+      parts[n] = row, fade, share, part
+    for row, fade, share, part in parts:
+      acc[row] = fade * acc[row] + share * part
 
-    t = walk(0, num_full, per_trip, functools.partial(visit, tiles=per_trip, masked=False))
-    walk(t, num, 1, functools.partial(visit, tiles=1, masked=True))
+  run(jobs, per_trip, of_one_row, of_any)
 
-    mass = jnp.sum(total[...], axis=0, keepdims=True)
+  def finish(r, _):
+    mass = jnp.sum(total[r], axis=0, keepdims=True)
     some = mass > 0
     share = jnp.where(some, 1.0 / jnp.where(some, mass, 1.0), 0.0)
-    out[0, 0, 0, 0, r] = (acc[...] * share).astype(out.dtype)
-    log_sum = (top[...] + jnp.log2(jnp.where(some, mass, 1.0))) * LN2
+    out[0, 0, 0, 0, r] = (acc[r] * share).astype(out.dtype)
+    log_sum = (top[r] + jnp.log2(jnp.where(some, mass, 1.0))) * LN2
     lse[0, 0, 0, 0, pl.ds(r, 1), :] = jnp.where(some, log_sum, -jnp.inf)
     if block_max:
       lane = jax.lax.broadcasted_iota(jnp.int32, (1, rule.block_q), 1)
       real = lane < rule.T - (query_base + r) * rule.block_q
-      peak = jnp.exp2(tile_top[...] - top[...]) * jnp.where(real, share, 0.0)
-      listed = jax.lax.broadcasted_iota(jnp.int32, peak.shape, 0) < num
-      peak = jnp.max(jnp.where(listed, peak, 0.0), axis=1, keepdims=True)  # [tiles,1]
-      tile_max[0, 0, 0, 0, pl.ds(r, 1), :] = jnp.broadcast_to(peak, (peak.shape[0], _tpu.LANES)).T[
-        :1
-      ]
+      peak = jnp.exp2(tops[r] - top[r]) * jnp.where(real, share, 0.0)
+      peak = jnp.max(peak, axis=1, keepdims=True)  # [blocks,1]
+      peak = jnp.broadcast_to(peak, (peak.shape[0], _tpu.LANES)).T[:1]
+      peaks[0, 0, 0, 0, pl.ds(r, 1), :] = peak
     return 0
 
-  jax.lax.fori_loop(0, count, row, 0)
+  jax.lax.fori_loop(0, count, finish, 0)
 
 
 def forward(
-  rows: jax.Array,
+  jobs: jax.Array,
   q: jax.Array,
   k: jax.Array,
   v: jax.Array,
@@ -206,32 +237,33 @@ def forward(
   """Attention of every query block to the key blocks of every range of keys.
 
   Letters: G query heads of each of K key heads; R ranges of X key blocks; Y steps of c query blocks
-  (bq, bk tokens); W = 2 + most tiles of a row.
+  (bq, bk tokens).
 
   Args:
-    rows: i32 ``[batch_lists * head_lists * R * Y, c, W]``: full tiles, all tiles, key blocks.
+    jobs: i32 ``[batch_lists * head_lists * R * Y, 1, W]``: trips without masks, trips in all, and
+      a step's tiles packed. Row c is no row: tiles that fill up the last trip.
     q: ``[B,K*G,Y,c,H,bq]``. k: ``[B,K,R,X,bk,H]``. v: ``[B,K,R,X,Hv,bk]``.
     ids: i32 ``[B,Y,c,bq]`` and ``[B,R,X,bk]``.
 
   Returns:
     out ``[R,B,K*G,Y,c,Hv,bq]``, lse f32 ``[R,B,K*G,Y,c,bq]``, and with block_max the largest
-    attention weight of each listed tile, f32 ``[R,B,K*G,Y,c,W']`` in the order of the list.
+    attention weight of each tile, f32 ``[R,B,K*G,Y,c,X]`` (X rounded up), 0 if not listed.
   """
   B, N, Y, c, H, bq = q.shape
   K, R, X, bk = k.shape[1:5]
-  Hv, W = v.shape[4], rows.shape[-1]
+  Hv, W = v.shape[4], jobs.shape[-1]
   G = N // K
 
   def head(kh, g):
     return kh * G + g
 
-  def list_row(b, kh, r, g, y):
+  def of_step(b, kh, r, g, y):
     of_batch = b if batch_lists > 1 else 0
     of_head = jax.lax.div(head(kh, g), N // head_lists)
     return (((of_batch * head_lists + of_head) * R + r) * Y + y, 0, 0)
 
   in_specs = [
-    pl.BlockSpec((1, c, W), list_row, memory_space=pltpu.SMEM),
+    pl.BlockSpec((1, 1, W), of_step, memory_space=pltpu.SMEM),
     pl.BlockSpec((1, 1, 1, c, H, bq), lambda b, kh, r, g, y: (b, head(kh, g), y, 0, 0, 0)),
     pl.BlockSpec((1, 1, 1, X, bk, H), lambda b, kh, r, g, y: (b, kh, r, 0, 0, 0)),
     pl.BlockSpec((1, 1, 1, X, Hv, bk), lambda b, kh, r, g, y: (b, kh, r, 0, 0, 0)),
@@ -248,19 +280,19 @@ def forward(
     pl.BlockSpec((1, 1, 1, 1, c, bq), lambda b, kh, r, g, y: (r, b, head(kh, g), y, 0, 0)),
   ]
   scratch = [
-    pltpu.VMEM((Hv, bq), jnp.float32),
-    pltpu.VMEM((1, bq), jnp.float32),
-    pltpu.VMEM((_tpu.SUBLANES, bq), jnp.float32),
+    pltpu.VMEM((c + 1, Hv, bq), jnp.float32),
+    pltpu.VMEM((c + 1, 1, bq), jnp.float32),
+    pltpu.VMEM((c + 1, _tpu.SUBLANES, bq), jnp.float32),
   ]
   if block_max:
-    most = pl.cdiv(W - 2, _tpu.LANES) * _tpu.LANES
+    most = pl.cdiv(X, _tpu.LANES) * _tpu.LANES
     out_shape.append(jax.ShapeDtypeStruct((R, B, N, Y, c, most), jnp.float32))
     out_specs.append(
       pl.BlockSpec((1, 1, 1, 1, c, most), lambda b, kh, r, g, y: (r, b, head(kh, g), y, 0, 0))
     )
-    scratch.append(pltpu.VMEM((most, bq), jnp.float32))
+    scratch.append(pltpu.VMEM((c + 1, most, bq), jnp.float32))
 
-  tiles = B * N * R * Y * c * (W - 2)  # at most: how many, only the lists know
+  tiles = B * N * R * Y * (W - 2)  # at most: how many, only the lists know
   outputs = _tpu.call(
     functools.partial(
       _kernel, rule=rule, per_trip=per_trip, has_ids=ids is not None, block_max=block_max
@@ -276,10 +308,10 @@ def forward(
     ),
     dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary"),
     flops=2 * tiles * bq * bk * (H + Hv),
-    bytes_accessed=q.nbytes + k.nbytes + v.nbytes + rows.nbytes + 2 * R * q.nbytes,
+    bytes_accessed=q.nbytes + k.nbytes + v.nbytes + jobs.nbytes + 2 * R * q.nbytes,
     transcendentals=tiles * bq * bk,
     interpret=interpret,
     vmem_limit_bytes=_tpu.chip().vmem_bytes * 15 // 16,
     disable_bounds_checks=True,
-  )(rows, q, k, v, *(ids or ()))
+  )(jobs, q, k, v, *(ids or ()))
   return outputs if block_max else (*outputs, None)

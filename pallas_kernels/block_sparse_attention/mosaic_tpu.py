@@ -18,12 +18,19 @@ import jax.numpy as jnp
 from pallas_kernels import _tpu
 from pallas_kernels._dispatch import Unsupported, require_tpu
 from pallas_kernels.block_sparse_attention._tpu_backward import backward
-from pallas_kernels.block_sparse_attention._tpu_forward import LN2, LOG2E, Rule, forward
+from pallas_kernels.block_sparse_attention._tpu_forward import (
+  LN2,
+  LOG2E,
+  ROW_BITS,
+  Rule,
+  forward,
+)
 from pallas_kernels.block_sparse_attention.lists import Lists, compact, tile_lists
 from pallas_kernels.block_sparse_attention.pattern import BlockPattern
 
 _KEYS_PER_TRIP = 512
 _QUERIES_PER_TRIP = 256
+_TOKENS_PER_STEP = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +41,14 @@ class TPUConfig:
     tiles_per_trip: full key blocks a trip of the forward loop takes; None: as many as make 512
       keys. What is left of a row goes one tile a trip.
     backward_tiles_per_trip: the same for query blocks, backward; None: as many as make 256 queries.
-    rows_per_step: most rows of the lists that one grid step takes.
+    rows_per_step: most rows of the lists that one grid step takes; None: of 1,024 tokens.
     resident_bytes: VMEM for what stays there over many rows (forward: K and V, backward: queries,
       cotangents, dq); None: half of the chip's. Longer sequences are cut into ranges.
   """
 
   tiles_per_trip: int | None = None
   backward_tiles_per_trip: int | None = None
-  rows_per_step: int = 8
+  rows_per_step: int | None = None
   resident_bytes: int | None = None
 
   def __post_init__(self):
@@ -62,7 +69,7 @@ class Plan:
   rule: Rule
   forward_tiles: int
   backward_tiles: int
-  rows_per_step: int
+  rows_per_step: int | None
   resident_bytes: int
   block_max: bool
   interpret: Any
@@ -139,8 +146,8 @@ def _check(q, k, v, blocks, made: Plan) -> None:
   for name, size in (("block_q", blocks.block_q), ("block_kv", blocks.block_kv)):
     if size % _tpu.LANES:
       raise Unsupported(
-        f"block_sparse_attention: mosaic_tpu takes blocks of a multiple of {_tpu.LANES} tokens (the "
-        f"lanes of a register), got {name}={size}; use such a block or implementation='xla'."
+        f"block_sparse_attention: mosaic_tpu takes blocks of a multiple of {_tpu.LANES} tokens, a "
+        f"register's lanes, got {name}={size}; use such a block or implementation='xla'."
       )
   if made.block_max:
     block_bytes = blocks.block_kv * (k.shape[-1] + v.shape[-1]) * dtype.itemsize
@@ -163,10 +170,10 @@ def _forward(made: Plan, q, k, v, lists: tuple[Lists, Lists], ids):
   Nk = -(-k.shape[1] // rule.block_kv)
   R = made.ranges(Nk, rule.block_kv * (k.shape[-1] + v.shape[-1]) * dtype.itemsize)
   X = -(-Nk // R)
-  c, Y = _steps(made, lists[0].num.shape[-1])
+  c, Y = _steps(made, lists[0].num.shape[-1], rule.block_q)
   scaled = (q.astype(jnp.float32) * rule.query_scale).astype(dtype)
   out, lse, peak = forward(
-    _rows(lists[0], R, X, c, Y),
+    _jobs(lists[0], R, X, c, Y, made.forward_tiles, filler=c),
     _lanes(scaled, rule.block_q, (Y, c)),
     _sublanes(k.astype(dtype), rule.block_kv, (R, X)),
     _lanes(v.astype(dtype), rule.block_kv, (R, X)),
@@ -192,7 +199,7 @@ def _forward(made: Plan, q, k, v, lists: tuple[Lists, Lists], ids):
   out = _tokens(out, T).astype(q.dtype)
   lse = lse.reshape(B, N, -1)[..., :T]
   if peak is not None:
-    peak = _by_block(peak[0].reshape(B, N, Y * c, -1), lists[0], Nk)
+    peak = peak[0].reshape(B, N, Y * c, -1)[:, :, : lists[0].num.shape[-1], :Nk]
   return (out, lse, peak), (q, k, v, out, lse, lists, ids)
 
 
@@ -206,19 +213,24 @@ def _backward(made: Plan, saved, cotangents):
   width = (H + Hv) * dtype.itemsize + H * 4
   R = made.ranges(Nq, rule.block_q * width)
   X = -(-Nq // R)
-  c, Y = _steps(made, lists.num.shape[-1])
+  c, Y = _steps(made, lists.num.shape[-1], rule.block_kv)
   scaled = (q.astype(jnp.float32) * rule.query_scale).astype(dtype)
   some = lse > -jnp.inf
   di = jnp.einsum("btnh,btnh->bnt", dout.astype(jnp.float32), out.astype(jnp.float32))
   di = jnp.where(some, di - dlse, 0.0)
   base2 = jnp.where(some, lse * LOG2E, jnp.inf)
   keys = _sublanes(k.astype(dtype), rule.block_kv, (Y, c))
+
+  def rows_of(x, nothing):  # [B,N,R,X+1,block_q]: the last row of a range weighs nothing
+    x = _padded(x, 2, R * X * rule.block_q, nothing).reshape(B, N, R, X, rule.block_q)
+    return _padded(x, 3, X + 1, nothing)
+
   dq, dk, dv = backward(
-    _rows(lists, R, X, c, Y),
+    _jobs(lists, R, X, c, Y, made.backward_tiles, filler=X << ROW_BITS),
     _lanes(scaled, rule.block_q, (R, X)),
     _lanes(dout.astype(dtype), rule.block_q, (R, X)),
-    _padded(base2, 2, R * X * rule.block_q, jnp.inf).reshape(B, N, R, X, rule.block_q),
-    _padded(di, 2, R * X * rule.block_q).reshape(B, N, R, X, rule.block_q),
+    rows_of(base2, jnp.inf),
+    rows_of(di, 0.0),
     keys,
     keys.swapaxes(-1, -2),
     _sublanes(v.astype(dtype), rule.block_kv, (Y, c)),
@@ -244,9 +256,9 @@ def _backward(made: Plan, saved, cotangents):
 _attend.defvjp(_forward, _backward)
 
 
-def _steps(made: Plan, rows: int) -> tuple[int, int]:
+def _steps(made: Plan, rows: int, block: int) -> tuple[int, int]:
   """Rows of a grid step, and steps."""
-  c = max(min(made.rows_per_step, rows), 1)
+  c = max(min(made.rows_per_step or _TOKENS_PER_STEP // block, rows), 1)
   return c, -(-rows // c)
 
 
@@ -289,10 +301,15 @@ def _ids(ids, queries: tuple[int, int, int], keys: tuple[int, int, int]):
   return tuple(made)
 
 
-def _rows(lists: Lists, ranges: int, size: int, c: int, steps: int) -> jax.Array:
-  """i32 ``[Bm*Hm*ranges*steps, c, 2 + most]``: full tiles, all tiles, blocks of each row and range.
+def _jobs(
+  lists: Lists, ranges: int, size: int, c: int, steps: int, per_trip: int, filler: int
+) -> jax.Array:
+  """i32 ``[Bm*Hm*ranges*steps, 1, 2 + W]``: what each grid step has to do, tile by tile.
 
-  A row of a range lists what of the row's list is in the range, counted from its first block.
+  First the trips that take full tiles of one row only, then what is left of all c rows of the step,
+  one after the other; ``filler`` completes the last trip. Before them: the number of trips of the
+  first kind, and of both. A range lists what of a row's list is in the range, counted from its
+  first block.
   """
   num_full, num, idx = (x[:, :, None] for x in lists)  # [Bm,Hm,1,Nx(,C)]
   if ranges > 1:
@@ -303,20 +320,29 @@ def _rows(lists: Lists, ranges: int, size: int, c: int, steps: int) -> jax.Array
     num, idx = compact(jnp.where(full, 0, 1), inside, idx - first)
     num_full = jnp.sum(inside & full, axis=-1, dtype=jnp.int32)
     idx = idx[..., : min(size, idx.shape[-1])]
-  rows = jnp.concatenate([num_full[..., None], num[..., None], idx], axis=-1)
-  rows = _padded(rows, 3, steps * c)
-  return rows.reshape(-1, c, rows.shape[-1])
+  C = idx.shape[-1]
+  of_step = (*idx.shape[:3], steps, c)
+  num_full, num = (_padded(x, 3, steps * c).reshape(of_step) for x in (num_full, num))
+  idx = _padded(idx, 3, steps * c).reshape(*of_step[:-1], c * C)
 
+  num_full = num_full // per_trip * per_trip
+  full_end = jnp.cumsum(num_full, axis=-1)
+  rest_end = full_end[..., -1:] + jnp.cumsum(num - num_full, axis=-1)
+  count = rest_end[..., -1:]
+  at = jnp.arange(-(-c * C // per_trip) * per_trip, dtype=jnp.int32)
 
-def _by_block(peak: jax.Array, lists: Lists, key_blocks: int) -> jax.Array:
-  """``[B,N,Nq,C]`` in the order of the lists as ``[B,N,Nq,Nk]``; 0 for tiles not listed."""
-  B, N = peak.shape[:2]
-  Hm, Nq, C = lists.idx.shape[1:]
-  peak = peak[:, :, :Nq, :C]
-  heads = jnp.repeat(lists.idx, N // Hm, axis=1)
-  idx = jnp.broadcast_to(heads, peak.shape)
+  def row_and_slot(end, length):  # of the entry at each place, in one half of the joined list
+    row = jnp.sum(at >= end[..., None], axis=-2, dtype=jnp.int32)
+    row = jnp.minimum(row, c - 1)
+    return row, at - jnp.take_along_axis(end - length, row, axis=-1)
 
-  def scatter(values, index):  # entries past the count are 0 at a block that exists
-    return jnp.zeros(key_blocks, values.dtype).at[index].max(values)
-
-  return jax.vmap(jax.vmap(jax.vmap(scatter)))(peak, idx)
+  full_row, full_slot = row_and_slot(full_end, num_full)
+  row, slot = row_and_slot(rest_end, num - num_full)
+  slot = slot + jnp.take_along_axis(num_full, row, axis=-1)
+  is_full = at < full_end[..., -1:]
+  row, slot = jnp.where(is_full, full_row, row), jnp.where(is_full, full_slot, slot)
+  block = jnp.take_along_axis(idx, jnp.clip(row * C + slot, 0, c * C - 1), axis=-1)
+  jobs = jnp.where(at < count, block << ROW_BITS | row, filler)
+  plain, trips = full_end[..., -1:] // per_trip, (count + per_trip - 1) // per_trip
+  jobs = jnp.concatenate([plain, trips, jobs], axis=-1)
+  return jobs.reshape(-1, 1, jobs.shape[-1])
