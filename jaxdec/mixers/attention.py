@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxdec.mixers.base import Topology, write_rows
 from jaxdec.mixers.norms import Dense, NormConfig, RMSNorm
 from jaxdec.mixers.rope import RopeConfig, apply_rope
+from pallas_kernels.tree_attention import tree_attention
 
 MASKED = -1e30  # finite, so that a fully masked row gives a uniform, not a NaN, softmax
 
@@ -218,12 +219,20 @@ class Attention(nn.Module):
     out = attention_values(probs[..., :capacity], state.v, q.shape[1])
     return out + attention_values(probs[..., capacity:], v, q.shape[1])
 
+  def _attend_cache(self, q, k, v, state, ancestors, depth=None):
+    """New tokens or tree nodes over (cache, themselves); the cache is read as it lies."""
+    c = self.config
+    return tree_attention(
+      q, state.k, state.v, state.length, k, v, ancestors,
+      depth=depth, scale=c.scale, window=c.window, logit_cap=c.logit_cap, cache_layout="BKSH",
+    )  # fmt: skip
+
   def extend(self, x, state, positions):
     q, k, v = self._project(x, positions)
+    t = x.shape[1]
+    chain = jnp.broadcast_to(jnp.tril(jnp.ones((t, t), bool)), (x.shape[0], t, t))
+    out = self._attend_cache(q, k, v, state, chain)
     k, v = (heads_first(y).astype(state.k.dtype) for y in (k, v))
-    index = jnp.arange(x.shape[1])[None]
-    among = visible(index, index, self.config.window)
-    out = self._attend_state(q, k, v, state, positions, among)
     # The cache must be written after it was read, and the compiler must see that: where only the
     # program's order says so it may write first, and then copies the whole cache (XLA:CPU: four
     # times a layer and step; an optimization barrier is gone by then). Hence a start that depends
@@ -238,11 +247,9 @@ class Attention(nn.Module):
     return self._output(out, x), state
 
   def verify(self, x, state, topology: Topology):
-    positions = state.length[:, None] + topology.depth
-    q, k, v = self._project(x, positions)
+    q, k, v = self._project(x, state.length[:, None] + topology.depth)
+    out = self._attend_cache(q, k, v, state, topology.ancestors, topology.depth)
     k, v = (heads_first(y).astype(state.k.dtype) for y in (k, v))
-    among = topology.ancestors & visible(positions, positions, self.config.window)
-    out = self._attend_state(q, k, v, state, positions, among)
     return self._output(out, x), KVPending(k, v)
 
   def commit(self, state, pending, path, count):
