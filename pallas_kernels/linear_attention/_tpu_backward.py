@@ -17,13 +17,15 @@ whose rounding buries the gradients of strong decays.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import _tpu
-from pallas_kernels._chunks import ScalarDecay, grid, sum_before, sum_from
+from pallas_kernels._chunks import grid, sum_before, sum_from
 from pallas_kernels.linear_attention._sequences import (
   exclusive_cumsum,
   reverse_cumsum,
@@ -32,6 +34,7 @@ from pallas_kernels.linear_attention._sequences import (
 from pallas_kernels.linear_attention._tpu_forward import entering, next_state, scores
 from pallas_kernels.linear_attention._tpu_layout import (
   Layout,
+  Scalar,
   chunk_decays,
   from_kernel,
   kernel_shape,
@@ -45,43 +48,66 @@ def _column_sums(x):
   return jnp.sum(x, axis=1, keepdims=True)
 
 
-def _chunk(layout: Layout, decay, state, d_state, q, k, v, d_out):
-  """Gradients of one chunk: ``dq, dk, dv``, of the state before it, and parts of ``dg``."""
-  dot, c = layout.dot, layout.chunk
-  i, j = grid(c, c)
-  d_scores = jnp.where(i >= j, dot(d_out, v, "nt"), 0)
+def _row_of_sums(layout: Layout, x):
+  """Sums over the lanes of ``[C,H]``, as a row ``[1,C]``, by the matrix unit."""
+  return layout.dot(jnp.ones((8, x.shape[1]), jnp.float32), x, "nt")[:1]
+
+
+class _Inside(NamedTuple):
+  """What the tokens of a chunk owe each other, before states are known.
+
+  ``d_read``: gradient of the state before the chunk through its outputs. ``dg``: of the log-decays:
+  a row of sums (scalar), or the sum of it by channel that is still to be accumulated.
+  """
+
+  dq: jax.Array
+  dk: jax.Array
+  dv: jax.Array
+  d_read: jax.Array
+  dg: jax.Array | None
+
+
+def _inside(layout: Layout, decay, q, k, v, d_out) -> _Inside:
+  dot = layout.dot
+  i, j = grid(layout.chunk, layout.chunk)
+  d_scores = dot(d_out, v, "nt")
   a = scores(layout, decay, q, k)
-  dq_state, dk_state = dot(d_out, state, "nt"), dot(v, d_state, "nt")
   dv = dot(a, d_out, "tn")
   d_read = dot(entering(layout, decay, q), d_out, "tn")
-  if decay is None:
-    d_scores = d_scores * layout.scale
-    dq = dot(d_scores, k) + dq_state * layout.scale
-    dk = dot(d_scores, q, "tn") + dk_state
-    return dq, dk, dv + dot(k, d_state), d_state + d_read, None
-
-  dk_state = dk_state * decay.leave
-  dv = dv + dot(k * decay.leave, d_state)
-  d_before = decay.state * d_state + d_read
-  if isinstance(decay, ScalarDecay):
-    dq_state = dq_state * decay.enter
+  if isinstance(decay, Scalar):
     d_products = d_scores * decay.between
-    x = jnp.where(i > j, d_scores * a, 0)
-    reads = _column_sums(x) + _column_sums(q * dq_state)
-    through = jnp.sum(state * d_state, keepdims=True) * decay.total
-    sums = (reads, jnp.sum(x, axis=0, keepdims=True), _column_sums(k * dk_state), through)
-    dq, dk = dot(d_products, k) + dq_state, dot(d_products, q, "tn") + dk_state
-    return dq, dk, dv, d_before, sums
-
+    crossing = jnp.where(i > j, d_scores * a, 0)  # the diagonal crosses no decay
+    reads = _row_of_sums(layout, crossing) - jnp.sum(crossing, axis=0, keepdims=True)
+    return _Inside(dot(d_products, k), dot(d_products, q, "tn"), dv, d_read, reads)
+  d_scores = jnp.where(i >= j, d_scores * layout.scale, 0)
+  if decay is None:
+    return _Inside(dot(d_scores, k), dot(d_scores, q, "tn"), dv, d_read, None)
   q, k = q.astype(jnp.float32), k.astype(jnp.float32)
-  dq_state = dq_state * (decay.enter * layout.scale)
-  d_scores = d_scores * layout.scale
   strict = jnp.where(i > j, d_scores, 0)
   diagonal = _column_sums(jnp.where(i == j, d_scores, 0))
   dq, dk = decay.read(strict, k, dot), decay.write(strict, q, dot)
-  through = jnp.broadcast_to(_column_sums(state * d_state), state.shape).T[:1] * decay.total
-  dg = sum_from(q * (dq + dq_state) - k * dk) + sum_before(k * dk_state) + through
-  return dq + diagonal * k + dq_state, dk + diagonal * q + dk_state, dv, d_before, dg
+  return _Inside(dq + diagonal * k, dk + diagonal * q, dv, d_read, q * dq - k * dk)
+
+
+def _across(layout: Layout, decay, inside: _Inside, state, d_state, q, k, v, d_out):
+  """Adds what passes through the states: ``dq, dk, dv``, and rows or channels of ``dg``."""
+  dot = layout.dot
+  dq_state, dk_state = dot(d_out, state, "nt"), dot(v, d_state, "nt")
+  if decay is None:
+    dq = inside.dq + dq_state * layout.scale
+    return dq, inside.dk + dk_state, inside.dv + dot(k, d_state), None
+  scale = 1.0 if isinstance(decay, Scalar) else layout.scale
+  dq_state, dk_state = dq_state * (decay.enter * scale), dk_state * decay.leave
+  dv = inside.dv + dot(k * decay.leave, d_state)
+  if isinstance(decay, Scalar):
+    reads = inside.dg + _row_of_sums(layout, q * dq_state)
+    leaving = _row_of_sums(layout, k * dk_state)
+    through = jnp.sum(state * d_state, keepdims=True) * decay.state
+    dg = (reads, leaving, jnp.broadcast_to(through, reads.shape))
+  else:
+    through = jnp.broadcast_to(_column_sums(state * d_state), state.shape).T[:1] * decay.total
+    dg = sum_from(inside.dg + q * dq_state) + sum_before(k * dk_state) + through
+  return inside.dq + dq_state, inside.dk + dk_state, dv, dg
 
 
 def _kernel(layout: Layout, shared: tuple[int, int, int], *refs):
@@ -104,34 +130,42 @@ def _kernel(layout: Layout, shared: tuple[int, int, int], *refs):
   for c in range(m):
     states_ref[c] = state
     if c < m - 1:
-      state = next_state(layout, decays[c], state, k_ref[here[c], :], v_ref[here[c], :])
+      state = next_state(layout, decays(c), state, k_ref[here[c], :], v_ref[here[c], :])
 
   # Heads that share an array add up, in float32, in `sum_refs`; the last of them writes the sum.
-  outputs = []
+  inputs, outputs = (q_ref, k_ref, v_ref, d_out_ref), []
   sum_refs = iter(sum_refs)
   for ref, heads in zip((dq_ref, dk_ref, dv_ref), shared):
     outputs.append((ref, next(sum_refs) if heads > 1 else None, heads))
 
   d_state = d_state_ref[r]
-  sums = [None] * m
-  for c in reversed(range(m)):
-    inputs = (ref[here[c], :] for ref in (q_ref, k_ref, v_ref, d_out_ref))
-    *gradients, d_state, sums[c] = _chunk(layout, decays[c], states_ref[c], d_state, *inputs)
-    for (ref, sum_ref, heads), x in zip(outputs, gradients):
-      if sum_ref is not None:
-        first = jax.lax.rem(r, heads) == 0
-        x = jnp.where(first, x, x + sum_ref[here[c], :])
-        sum_ref[here[c], :] = x
-      ref[here[c], :] = x.astype(ref.dtype)
-    if layout.decay == "channel":
-      dg_ref[here[c], :] = sums[c]
+  sums = {}
+  for group in reversed(layout.abreast(2)):  # see the forward kernel for this order
+    order, inside, d_states = list(reversed(group)), {}, {}
+    for c in order:
+      inside[c] = _inside(layout, decays(c), *(ref[here[c], :] for ref in inputs))
+    for c in order:
+      d_states[c] = d_state
+      factor = 1.0 if layout.decay == "none" else decays(c).state
+      d_state = factor * d_state + inside[c].d_read
+    for c in order:
+      tokens = (ref[here[c], :] for ref in inputs)
+      *gradients, sums[c] = _across(
+        layout, decays(c), inside[c], states_ref[c], d_states[c], *tokens
+      )
+      for (ref, sum_ref, heads), x in zip(outputs, gradients):
+        if sum_ref is not None:
+          first = jax.lax.rem(r, heads) == 0
+          x = jnp.where(first, x, x + sum_ref[here[c], :])
+          sum_ref[here[c], :] = x
+        ref[here[c], :] = x.astype(ref.dtype)
+      if layout.decay == "channel":
+        dg_ref[here[c], :] = sums[c]
   d_state_ref[r] = d_state
   if layout.decay == "scalar":
-    # One transpose for all columns of a step: reads - writes, and what leaves the chunk.
-    columns = jnp.concatenate([x[0] for x in sums] + [x[2] for x in sums], axis=1).T  # [2m,C]
-    writes = jnp.concatenate([x[1] for x in sums], axis=0)
-    through = jnp.concatenate([jnp.broadcast_to(x[3], writes[:1].shape) for x in sums], axis=0)
-    dg_ref[...] = jnp.concatenate([columns[:m] - writes, columns[m:], through], axis=0)
+    dg_ref[...] = jnp.concatenate(
+      [sums[c][part] for part in range(_SUMS) for c in range(m)], axis=0
+    )
 
   @pl.when(step == layout.steps - 1)
   def _():
@@ -176,7 +210,7 @@ def backward(layout: Layout, q, k, v, g, decays, state, states, d_out, d_final):
   out_specs.append(layout.edge_state(layout.steps - 1))
   out_shapes.append(jax.ShapeDtypeStruct(state.shape, jnp.float32))
   if layout.decay == "scalar":
-    in_specs.insert(0, layout.sums(reverse=True, heads=decays.shape[1]))
+    in_specs.insert(0, layout.sums(reverse=True, heads=decays.shape[1], rows=layout.parts))
     arrays.insert(0, decays)
     out_specs.append(layout.sums(reverse=True, rows=_SUMS))
     shape = (b, n, layout.steps, _SUMS * m, layout.chunk)

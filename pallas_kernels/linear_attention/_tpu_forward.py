@@ -9,9 +9,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import _tpu
-from pallas_kernels._chunks import ScalarDecay, grid
+from pallas_kernels._chunks import grid
 from pallas_kernels.linear_attention._tpu_layout import (
   Layout,
+  Scalar,
   chunk_decays,
   from_kernel,
   kernel_shape,
@@ -24,7 +25,7 @@ def scores(layout: Layout, decay, q, k):
   if decay is None:
     i, j = grid(layout.chunk, layout.chunk)
     return jnp.where(i >= j, layout.dot(q, k, "nt") * layout.scale, 0)
-  if isinstance(decay, ScalarDecay):
+  if isinstance(decay, Scalar):
     return layout.dot(q, k, "nt") * decay.between
   q, k = q.astype(jnp.float32), k.astype(jnp.float32)
   return layout.scale * decay.scores(q, k, layout.dot, diagonal=True)
@@ -34,7 +35,7 @@ def entering(layout: Layout, decay, q):
   """``scale * exp(G) * q``: what reads the state before the chunk."""
   if decay is None:
     return q.astype(jnp.float32) * layout.scale
-  enter = decay.enter if isinstance(decay, ScalarDecay) else decay.enter * layout.scale
+  enter = decay.enter if isinstance(decay, Scalar) else decay.enter * layout.scale
   return q * enter
 
 
@@ -42,6 +43,8 @@ def next_state(layout: Layout, decay, state, k, v):
   """``exp(G_C) * S + (exp(G_C - G) * K)^T V``."""
   if decay is None:
     return state + layout.dot(k, v, "tn")
+  if isinstance(decay, Scalar):  # a row spreads over rows of registers for free, a column doesn't
+    return decay.state * state + layout.dot(k.T * decay.leave_row, v)
   return decay.state * state + layout.dot(k * decay.leave, v, "tn")
 
 
@@ -54,13 +57,22 @@ def _kernel(layout: Layout, save: bool, *refs):
     state_ref[r] = initial_ref[...]
 
   state = state_ref[r]
-  for c, decay in enumerate(chunk_decays(layout, decay_ref)):
-    here = pl.ds(c * layout.chunk, layout.chunk)
-    q, k, v = q_ref[here, :], k_ref[here, :], v_ref[here, :]
-    out = layout.dot(scores(layout, decay, q, k), v)
-    out = out + layout.dot(entering(layout, decay, q), state)
-    out_ref[here, :] = out.astype(out_ref.dtype)
-    state = next_state(layout, decay, state, k, v)
+  decays = chunk_decays(layout, decay_ref)
+  here = [pl.ds(c * layout.chunk, layout.chunk) for c in range(layout.chunks)]
+  # The compiler overlaps best what is next to each other in program order: so what needs no state
+  # comes first for a few chunks, then their states, then what reads the states.
+  for group in layout.abreast():
+    inside, states = {}, {}
+    for c in group:
+      inside[c] = scores(layout, decays(c), q_ref[here[c], :], k_ref[here[c], :])
+      inside[c] = inside[c].astype(layout.dtype)
+    for c in group:
+      states[c] = state.astype(layout.dtype)
+      state = next_state(layout, decays(c), state, k_ref[here[c], :], v_ref[here[c], :])
+    for c in group:
+      reading = entering(layout, decays(c), q_ref[here[c], :]).astype(layout.dtype)
+      out = layout.dot(inside[c], v_ref[here[c], :]) + layout.dot(reading, states[c])
+      out_ref[here[c], :] = out.astype(out_ref.dtype)
   state_ref[r] = state
   if save:
     states_ref[...] = state
@@ -87,7 +99,7 @@ def forward(layout: Layout, q, k, v, decays, state, *, save: bool):
   specs = [layout.sequence(x.shape[2], x.shape[3]) for x in (q, k, v)]
   arrays = [to_kernel(x) for x in (q, k, v)]
   if layout.decay == "scalar":
-    decay_spec, decays = layout.sums(heads=decays.shape[1]), decays
+    decay_spec, decays = layout.sums(heads=decays.shape[1], rows=layout.parts), decays
   elif layout.decay == "channel":
     decay_spec, decays = layout.sequence(decays.shape[2], h), to_kernel(decays)
   else:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels._chunks import ChannelDecay, Products, ScalarDecay, channel_decay, grid
+from pallas_kernels._chunks import ChannelDecay, Products, channel_decay, grid
 from pallas_kernels._numerics import MASKED, coarse_fine
 from pallas_kernels._tpu import LANES, precision
 
@@ -55,6 +57,16 @@ class Layout:
   def dot(self) -> Products:
     return Products(operand=self.dtype, precision=precision(self.dtype))
 
+  @property
+  def parts(self) -> int:
+    """Of prefix sums of scalar log-decays; see ``decay_rows``."""
+    return 2 if self.dtype.itemsize >= 4 else 1
+
+  def abreast(self, width: int = 4) -> list[range]:
+    """The chunks of a step in groups that the compiler may overlap."""
+    starts = range(0, self.chunks, width)
+    return [range(start, min(start + width, self.chunks)) for start in starts]
+
   def shared(self, heads: int) -> int:
     """How many heads in a row of a group use one head of an array that has ``heads``."""
     return math.gcd(self.group, self.heads // heads)
@@ -71,7 +83,7 @@ class Layout:
     lead = (None,) if width % LANES == 0 else (None, None)
     return pl.BlockSpec((*lead, self.tokens, width), index)
 
-  def sums(self, reverse: bool = False, heads: int | None = None, rows: int = 2) -> pl.BlockSpec:
+  def sums(self, reverse: bool = False, heads: int | None = None, rows: int = 1) -> pl.BlockSpec:
     """A step of numbers a token, ``[B,heads,steps,rows*chunks,C]``, as ``[rows*chunks,C]``."""
     each = self.heads // (heads or self.heads)
 
@@ -110,35 +122,58 @@ def from_kernel(x: jax.Array, heads: int) -> jax.Array:
   return jnp.moveaxis(x, 1, 2)
 
 
-def decay_rows(layout: Layout, g: jax.Array) -> jax.Array:
-  """Prefix sums of scalar log-decays inside chunks: ``[B,T,heads] -> [B,heads,steps,2*chunks,C]``.
+class Scalar(NamedTuple):
+  """One decay a token. ``between`` and ``enter`` carry the scale of q.
 
-  Coarse rows, then fine rows: XLA forms them, since a chunk's sums in a kernel need transposes.
+  ``between [C,C]``: exp(G_i - G_j) for i >= j, else 0. ``enter``, ``leave [C,H]``: exp(G) and
+  exp(G_C - G), the same in all columns; ``leave_row [1,C]``; ``state [1,1]``: exp(G_C).
+  """
+
+  between: jax.Array
+  enter: jax.Array
+  leave: jax.Array
+  leave_row: jax.Array
+  state: jax.Array
+
+
+def decay_rows(layout: Layout, g: jax.Array) -> jax.Array:
+  """Prefix sums inside chunks of scalar log-decays in base 2, ``[B,heads,steps,parts*chunks,C]``.
+
+  Two parts, coarse and fine. One, their sum, where products are of 16-bit floats: its rounding, at
+  most 2**-11 for sums down to -2**14, is below that of the operands. XLA forms the sums, which in a
+  kernel would need transposes.
   """
   b, _, heads = g.shape
   g = jnp.moveaxis(g, 2, 1).reshape(b, heads, layout.steps, layout.chunks, layout.chunk)
-  return jnp.concatenate([jnp.cumsum(x, axis=-1) for x in coarse_fine(g)], axis=3)
+  parts = [jnp.cumsum(x, axis=-1) for x in coarse_fine(g * math.log2(math.e))]
+  return jnp.concatenate(parts, axis=3) if layout.parts == 2 else sum(parts)
 
 
-def chunk_decays(layout: Layout, ref) -> list[ScalarDecay | ChannelDecay | None]:
-  """The decays of each chunk of a step. ``ScalarDecay.between`` and ``enter`` carry the scale."""
+def chunk_decays(layout: Layout, ref) -> Callable[[int], Scalar | ChannelDecay | None]:
+  """What gives the decays of each chunk of a step, from the block of log-decays."""
+  c, m = layout.chunk, layout.chunks
   if layout.decay == "none":
-    return [None] * layout.chunks
+    return lambda index: None
   if layout.decay == "channel":
-    c = layout.chunk
-    return [channel_decay(ref[i * c : (i + 1) * c, :]) for i in range(layout.chunks)]
-  m = layout.chunks
-  coarse, fine = ref[:m, :], ref[m:, :]  # [m,C]
-  last = layout.chunk - 1
-  enter = jnp.exp(coarse + fine)
-  leave = jnp.exp((coarse[:, last:] - coarse) + (fine[:, last:] - fine))
-  columns = jnp.concatenate([coarse, fine, enter * layout.scale, leave], axis=0).T  # [C,4m]
-  i, j = grid(layout.chunk, layout.chunk)
+    return lambda index: channel_decay(ref[index * c : (index + 1) * c, :])
+  rows = ref[...]  # [parts*m,C]
+  columns = rows.T
 
-  def one(c):
-    column = [columns[:, part * m + c : part * m + c + 1] for part in range(4)]
-    exponent = (column[0] - coarse[c : c + 1]) + (column[1] - fine[c : c + 1])
-    between = jnp.exp(jnp.where(i >= j, exponent, MASKED)) * layout.scale
-    return ScalarDecay(between, column[2], column[3], enter[c : c + 1, last:])
+  def one(index):
+    parts = [(columns[:, p : p + 1], rows[p : p + 1]) for p in range(index, layout.parts * m, m)]
+    i, j = grid(c, c)
+    bias = math.log2(layout.scale)
+    exponent = sum(column - row for column, row in parts)
 
-  return [one(c) for c in range(m)]
+    def wide(column):  # spread first, exp after: the spread is the dear part, and `between` has it
+      return jnp.broadcast_to(column, (c, layout.h))
+
+    return Scalar(
+      between=jnp.exp2(jnp.where(i >= j, exponent + bias, MASKED)),
+      enter=jnp.exp2(sum(wide(column) for column, _ in parts) + bias),
+      leave=jnp.exp2(sum(row[:, c - 1 :] - wide(column) for column, row in parts)),
+      leave_row=jnp.exp2(sum(row[:, c - 1 :] - row for _, row in parts)),
+      state=jnp.exp2(sum(row[:, c - 1 :] for _, row in parts)),
+    )
+
+  return one

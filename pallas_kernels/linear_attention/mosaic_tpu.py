@@ -33,6 +33,8 @@ def linear_attention(q, k, v, g, state, *, scale, chunk_size=None, config=None):
   if t == 1:  # decoding is one pass over the state, which XLA fuses: there is no chunk to form
     return xla.linear_attention(q, k, v, g, state, scale=scale)
   dtype = jnp.result_type(q, k, v)
+  if scale <= 0:  # the kernels add its logarithm to exponents
+    q, scale = q * scale, 1.0
   layout = _layout(q, k, v, g, state, scale, chunk_size, config, interpret)
   length = layout.steps * layout.tokens
   padded = [pad_to(x.astype(dtype), length) for x in (q, k, v)]
