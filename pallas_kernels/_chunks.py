@@ -122,11 +122,15 @@ class ChannelDecay(NamedTuple):
       yield factor, (i >> (level + 1) == j >> (level + 1)) & (i >> level > j >> level)
 
   def scores(self, q, k, dot, diagonal: bool = False):
-    i, j = grid(q.shape[0], q.shape[0])
-    total = jnp.where(i == j, jnp.sum(q * k, axis=1, keepdims=True) if diagonal else 0.0, 0.0)
-    for factor, here in self._levels(q.shape[0]):
-      total += jnp.where(here, dot(q * factor, k * factor, "nt"), 0)
-    return total
+    terms = [
+      jnp.where(here, dot(q * factor, k * factor, "nt"), 0)
+      for factor, here in self._levels(q.shape[0])
+    ]
+    if diagonal:
+      i, j = grid(q.shape[0], q.shape[0])
+      products = q.astype(dot.accumulate) * k.astype(dot.accumulate)
+      terms.append(jnp.where(i == j, jnp.sum(products, axis=1, keepdims=True), 0))
+    return sum(terms)
 
   def read(self, x, k, dot):
     return sum(

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._chunks import Products, sum_before, sum_from
+from pallas_kernels._chunks import Products, grid
 
 Decay = Any  # ScalarDecay or ChannelDecay
 
@@ -86,7 +86,8 @@ class Gradients(NamedTuple):
   k: jax.Array  # [C,H]
   v: jax.Array  # [C,Hv]
   beta: jax.Array  # [C,1]
-  decay: jax.Array  # [C,1] or [C,H]
+  later: jax.Array  # [C,1] or [C,H]: a log-decay's gradient is the sum of these from its token on
+  earlier: jax.Array  # .. plus the sum of these before its token
 
 
 def gradients(
@@ -122,11 +123,18 @@ def gradients(
   written = decay.write(d_scores, q, dot) + decay.write(beta * d_erase, k, dot)
   later = decay.per_decay(q * reads + k * (beta * erases - written))
   earlier = decay.per_decay(k * d_leave)
-  whole = jnp.sum(state * d_state, axis=1, keepdims=True)  # [H,1]
+  whole = decay.total * decay.per_decay(row(jnp.sum(state * d_state, axis=1, keepdims=True)))
+  last = grid(*later.shape)[0] == later.shape[0] - 1
   return Gradients(
     q=reads + d_diagonal * k,
     k=written + d_diagonal * q + d_leave + beta * erases,
     v=beta * d_right,
     beta=jnp.sum(d_right * v, axis=1, keepdims=True) + jnp.sum(k * erases, axis=1, keepdims=True),
-    decay=sum_from(later) + sum_before(earlier) + decay.total * decay.per_decay(whole.T),
+    later=later + jnp.where(last, whole, 0),
+    earlier=earlier,
   )
+
+
+def row(column: jax.Array) -> jax.Array:
+  """``[H,1]`` as ``[1,H]``, through a whole register."""
+  return jnp.broadcast_to(column, (column.shape[0], 8)).T[:1]

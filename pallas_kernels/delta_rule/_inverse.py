@@ -52,3 +52,47 @@ def doubling(a: jax.Array, dot: Products, first: int = 16) -> jax.Array:
     inverse = jnp.concatenate([upper, jnp.concatenate([below, right], axis=2)], axis=1)
     b *= 2
   return inverse[0]
+
+
+def on_lanes(a: jax.Array, dot: Products, first: int = 32) -> jax.Array:
+  """Of ``[C,C]`` for TPUs: forward substitution in blocks of ``first`` rows, then doubling.
+
+  Blocks on the diagonal share no column, so all of them fit side by side in ``[first, C]``, and a
+  step of the substitution is one for all: column j of every block, spread over the block's lanes,
+  times row j. The products then take only the rows that change.
+  """
+  rows = a.shape[0]
+  b = min(first, rows)
+  i, j = grid(rows, rows)
+  own = (i ^ j) < b  # in one block of b, a power of two
+  packed = jnp.sum(jnp.where(own, a, 0).reshape(rows // b, b, rows), axis=0)
+  i, j = grid(b, rows)
+  inverse = (i == j & (b - 1)).astype(a.dtype)
+  for column in range(b - 1):
+    spread = jnp.take_along_axis(packed, (j & -b) + column, axis=1)
+    inverse = inverse - spread * inverse[column : column + 1]
+  inverse = jnp.where(own, jnp.concatenate([inverse] * (rows // b)), 0)
+  while b < rows:
+    i, j = grid(rows, rows)
+    below = jnp.where(((i ^ j) < 2 * b) & ((i & b) > (j & b)), a, 0)
+    new = dot(_second(inverse, b), _spread_second(dot(_second(below, b), inverse), b))
+    inverse = inverse - _spread_second(new, b)
+    b *= 2
+  return inverse
+
+
+def _second(x: jax.Array, b: int) -> jax.Array:
+  """Every second block of b rows."""
+  return jnp.concatenate([x[first : first + b] for first in range(b, x.shape[0], 2 * b)])
+
+
+def _spread_second(x: jax.Array, b: int) -> jax.Array:
+  """The transpose of ``_second``: zeros in every first block."""
+  parts = [x[first : first + b] for first in range(0, x.shape[0], b)]
+  return jnp.concatenate([y for part in parts for y in (jnp.zeros_like(part), part)])
+
+
+def products(rows: int, dot: Products, first: int = 32) -> int:
+  """Multiply-adds of the matrix unit in ``on_lanes``, each pass over split operands counted."""
+  doublings = (rows // min(first, rows)).bit_length() - 1
+  return doublings * 2 * (rows // 2) * rows * rows * dot.passes

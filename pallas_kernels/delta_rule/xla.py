@@ -13,7 +13,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._chunks import Products, channel_decay, prefixes, scalar_decay
+from pallas_kernels._chunks import (
+  Products,
+  channel_decay,
+  prefixes,
+  scalar_decay,
+  sum_before,
+  sum_from,
+)
 from pallas_kernels._numerics import accumulator
 from pallas_kernels._tpu import precision
 from pallas_kernels.delta_rule import XLAConfig, _chunk
@@ -141,9 +148,10 @@ def _group_gradients(plan, pieces, state, d_out, d_state):
     return before, (d_right, d_state)
 
   d_state, (d_right, d_states) = jax.lax.scan(back, d_state, (prepared, d_out), reverse=True)
-  grads = _each(3, _chunk.gradients, plan.dot)(
+  *grads, later, earlier = _each(3, _chunk.gradients, plan.dot)(
     q, k, v, beta, decay, states, writes, d_out, d_right, d_states
   )
+  grads.append(_each(3, lambda x, y: sum_from(x) + sum_before(y))(later, earlier))
   new = [_tokens(x, p.shape[2]) for x, p in zip(grads, pieces)]
   return d_state, [x.reshape(p.shape) for x, p in zip(new, pieces)]
 

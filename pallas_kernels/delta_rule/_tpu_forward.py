@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The forward kernel of the delta rule on TPUs: one pass, with the state on the core."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import _tpu
+from pallas_kernels.delta_rule import _chunk, _inverse
+from pallas_kernels.delta_rule._tpu_layout import (
+  ROWS,
+  Layout,
+  from_kernel,
+  kernel_shape,
+  to_kernel,
+  token_rows,
+)
+
+
+def load(layout: Layout, counts, refs, head: int, chunk: int):
+  """q, k, v tiles of one head's chunk."""
+  widths = (layout.h, layout.h, layout.width)
+  return tuple(
+    ref[layout.place(heads, width, head, chunk)] for ref, heads, width in zip(refs, counts, widths)
+  )
+
+
+def prepare(layout: Layout, counts, refs, rows_ref, g_ref, head: int):
+  """Tiles, decays and state-independent parts of every chunk of one head."""
+  rows = rows_ref[head]
+  columns = rows.T
+  invert = functools.partial(_inverse.on_lanes, dot=layout.exact)
+  parts = []
+  for chunk in range(layout.group):
+    q, k, v = load(layout, counts, refs, head, chunk)
+    beta = columns[:, chunk : chunk + 1]
+    decay = layout.decays(rows, columns, g_ref, head, chunk)
+    parts.append(((q, k, v, beta, decay), _chunk.prepare(q, k, v, beta, decay, layout.dot, invert)))
+  return parts
+
+
+def _kernel(layout: Layout, counts, save: bool, *refs):
+  rows_ref, q_ref, k_ref, v_ref, *refs = refs
+  g_ref = refs.pop(0) if layout.channel else None
+  initial_ref, out_ref, state_ref, *saved = refs
+
+  @pl.when(pl.program_id(2) == 0)
+  def _():
+    state_ref[...] = initial_ref[...]
+
+  if save:
+    saved[0][...] = state_ref[...]
+  tiles = (q_ref, k_ref, v_ref)
+  prepared = [prepare(layout, counts, tiles, rows_ref, g_ref, head) for head in range(layout.each)]
+  states = [state_ref[head] for head in range(layout.each)]
+  for chunk in range(layout.group):
+    for head in range(layout.each):
+      _, part = prepared[head][chunk]
+      before = states[head]
+      writes, states[head] = _chunk.advance(part, before, layout.dot)
+      out = layout.scale * _chunk.read(part, before, writes, layout.dot)
+      place = layout.place(layout.heads, layout.width, head, chunk)
+      out_ref[place] = out.astype(out_ref.dtype)
+  for head in range(layout.each):
+    state_ref[head] = states[head]
+
+
+def forward(layout: Layout, q, k, v, beta, g, state, *, save: bool):
+  """Outputs, the last state and, if ``save``, the state before every step."""
+  b, t, n = q.shape[0], q.shape[1], layout.heads
+  counts = (q.shape[2], k.shape[2], v.shape[2])
+  arrays = [token_rows(layout, beta, g), *(to_kernel(x) for x in (q, k, v))]
+  specs = [layout.rows(1 if layout.channel else ROWS)]
+  specs += [layout.spec(x.shape[2], x.shape[3]) for x in (q, k, v)]
+  if layout.channel:
+    arrays.append(to_kernel(g))
+    specs.append(layout.spec(n, layout.h))
+  arrays.append(state)
+  specs.append(layout.state())
+  shapes = [
+    jax.ShapeDtypeStruct(kernel_shape(b, t, n, layout.width), q.dtype),
+    jax.ShapeDtypeStruct(state.shape, jnp.float32),
+  ]
+  out_specs = [layout.spec(n, layout.width), layout.state()]
+  if save:
+    shapes.append(jax.ShapeDtypeStruct((b, n, layout.steps, layout.h, layout.width), jnp.float32))
+    out_specs.append(layout.saved())
+  out, last, *saved = _tpu.call(
+    functools.partial(_kernel, layout, counts, save),
+    name="delta_rule_forward",
+    out_shape=shapes,
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=0, grid=layout.grid, in_specs=specs, out_specs=out_specs
+    ),
+    dimension_semantics=("parallel", "parallel", "arbitrary"),
+    flops=2 * b * n * (t // layout.chunk) * forward_products(layout),
+    transcendentals=b * n * t * (layout.h if layout.channel else layout.chunk),
+    bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in (*arrays, *shapes)),
+    interpret=layout.interpret,
+    vmem_limit_bytes=layout.vmem_limit_bytes,
+  )(*arrays)
+  return from_kernel(out, n), last, *saved
+
+
+def forward_products(layout: Layout) -> int:
+  """Multiply-adds of one head's chunk, as executed."""
+  c, h, width = layout.chunk, layout.h, layout.width
+  scores = 2 * c * c * h * (c.bit_length() - 1 if layout.channel else 1)
+  solve = c * c * (h + width)
+  walk = c * h * width * 3 + c * c * width
+  return scores + _inverse.products(c, layout.exact) + solve + walk
