@@ -80,14 +80,14 @@ def linear_cross_entropy(
 
 
 def plan(
-  config, shape, head, dtype, teacher_head, temperature, logit_cap, interpret=False
+  config, shape, head, dtype, teacher_head, temperature, logit_cap, interpret=False, on=None
 ) -> tuple[Rules, Rules]:
   """Sizes of the blocks, forward and backward: the largest that fit VMEM, up to a limit.
 
   The forward kernel does ``token_block`` multiply-adds for every number of the head it reads, the
   backward one ``vocab_block / 2`` or so for every byte of the states and their gradient.
   """
-  (tokens, width), vocab, chip = shape, head.shape[0], _tpu.chip()
+  (tokens, width), vocab, chip = shape, head.shape[0], on or _tpu.chip()
   teacher_width = 0 if teacher_head is None else teacher_head.shape[1]
   size = jnp.dtype(dtype).itemsize
   states = size * (width + teacher_width)  # the wider dtype's: an upper bound, as are all below
