@@ -8,6 +8,7 @@ Every op is a function with ``implementation="auto" | "reference" | "xla" | "mos
 from pallas_kernels._dispatch import Unsupported, target
 from pallas_kernels.block_sparse_attention import BlockPattern, block_sparse_attention
 from pallas_kernels.delta_rule import delta_rule
+from pallas_kernels.linear_attention import linear_attention
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
 from pallas_kernels.tree_attention import tree_attention
 
@@ -16,6 +17,7 @@ __all__ = [
   "Unsupported",
   "block_sparse_attention",
   "delta_rule",
+  "linear_attention",
   "linear_cross_entropy",
   "target",
   "tree_attention",

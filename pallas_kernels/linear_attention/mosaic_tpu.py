@@ -43,14 +43,18 @@ def linear_attention(q, k, v, g, state, *, scale, chunk_size=None, config=None):
   return out[:, :t].astype(q.dtype), final
 
 
+def chunks_of(t: int, chunk_size: int | None, config: TPUConfig | None) -> tuple[int, int, int]:
+  """Tokens a chunk (128, the width of registers), chunks a step, and steps, for T tokens."""
+  chunk = min(max(chunk_size or LANES, _SMALLEST_CHUNK), max(power_of_two(t), _SMALLEST_CHUNK))
+  chunks = -(-t // chunk)
+  steps = -(-chunks // (config or TPUConfig()).chunks_per_step)
+  return chunk, -(-chunks // steps), steps  # at most steps - 1 chunks of padding
+
+
 def _layout(q, k, v, g, state, scale, chunk_size, config, interpret) -> Layout:
   b, t, _, h = q.shape
   heads, width = state.shape[1], v.shape[3]
-  chunk = min(max(chunk_size or LANES, _SMALLEST_CHUNK), max(power_of_two(t), _SMALLEST_CHUNK))
-  chunks = -(-t // chunk)
-  config = config or TPUConfig()
-  steps = -(-chunks // config.chunks_per_step)
-  per_step = -(-chunks // steps)  # so that at most steps - 1 chunks are padding
+  chunk, per_step, steps = chunks_of(t, chunk_size, config)
   on = chip()
   counts = [x.shape[2] for x in (q, k, v)]
   together = heads // functools.reduce(math.gcd, counts)
