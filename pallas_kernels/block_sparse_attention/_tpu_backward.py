@@ -48,10 +48,11 @@ def _kernel(jobs, q, do, lse, di, k, k_t, v, *refs, rule: Rule, per_trip: int, h
 
   jax.lax.fori_loop(0, count, clear, 0)
 
-  def tile(row, listed, masked):
-    block = jnp.minimum(listed, query_blocks - 1)
-    queries, cotangent = q[0, 0, 0, block], do[0, 0, 0, block]
-    s, bounded = rule.logits(product(k[0, 0, 0, row], queries))
+  def first_products(row, block):
+    return product(k[0, 0, 0, row], q[0, 0, 0, block]), product(v[0, 0, 0, row], do[0, 0, 0, block])
+
+  def last_products(row, block, s, dp, *, masked, listed):
+    s, bounded = rule.logits(s)
     p = jnp.exp2(s - lse[0, 0, 0, pl.ds(listed, 1), :])
     if masked:
       ids = None
@@ -59,28 +60,32 @@ def _kernel(jobs, q, do, lse, di, k, k_t, v, *refs, rule: Rule, per_trip: int, h
         ids = q_ids[0, 0, pl.ds(block, 1), :], kv_ids[0, 0, pl.ds(row, 1), :]
       seen = rule.visible(query_base + block, key_base + row, ids)
       p = p if seen is None else jnp.where(seen, p, 0.0)
-    dp = product(v[0, 0, 0, row], cotangent)
     ds = p * (dp - di[0, 0, 0, pl.ds(listed, 1), :])
     if bounded is not None:
       ds = ds * (1.0 - bounded * bounded)
     ds, p = ds.astype(q.dtype), p.astype(q.dtype)
     return (
       product(k_t[0, 0, 0, row], ds),
-      product(queries, ds, transposed=True),
-      product(cotangent, p, transposed=True),
+      product(q[0, 0, 0, block], ds, transposed=True),
+      product(do[0, 0, 0, block], p, transposed=True),
     )
 
   def of_one_row(row, blocks):
-    parts = [tile(row, block, masked=False) for block in blocks]
+    made = [first_products(row, block) for block in blocks]
+    parts = [
+      last_products(row, block, *x, masked=False, listed=block) for block, x in zip(blocks, made)
+    ]
     for block, (of_queries, _, _) in zip(blocks, parts):
       dq[0, 0, 0, block] += of_queries
     dk_acc[row] += functools.reduce(jnp.add, [x for _, x, _ in parts])
     dv_acc[row] += functools.reduce(jnp.add, [x for _, _, x in parts])
 
   def of_any(tiles):
-    for row, block in tiles:
-      of_queries, of_keys, of_values = tile(row, block, masked=True)
-      dq[0, 0, 0, jnp.minimum(block, query_blocks - 1)] += of_queries
+    tiles = [(row, jnp.minimum(block, query_blocks - 1), block) for row, block in tiles]
+    made = [first_products(row, block) for row, block, _ in tiles]
+    for (row, block, listed), x in zip(tiles, made):
+      of_queries, of_keys, of_values = last_products(row, block, *x, masked=True, listed=listed)
+      dq[0, 0, 0, block] += of_queries
       dk_acc[row] += of_keys
       dv_acc[row] += of_values
 

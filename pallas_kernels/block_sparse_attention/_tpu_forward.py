@@ -155,28 +155,32 @@ def _kernel(jobs, q, k, v, *refs, rule: Rule, per_trip: int, has_ids: bool, bloc
   def logits(row, block):
     return rule.logits(product(k[0, 0, 0, block], q[0, 0, 0, row]))[0]
 
+  def sum_keys(p):  # apart in the eight sublanes until the end
+    return jnp.sum(p.reshape(-1, _tpu.SUBLANES, p.shape[-1]), axis=0)
+
   def of_one_row(row, blocks):
-    tiles = [logits(row, block) for block in blocks]
+    made = [logits(row, block) for block in blocks]
     if block_max:
-      for block, s in zip(blocks, tiles):
+      for block, s in zip(blocks, made):
         tops[row, pl.ds(block, 1), :] = jnp.max(s, axis=0, keepdims=True)
-    highest = jnp.max(functools.reduce(jnp.maximum, tiles), axis=0, keepdims=True)
-    now = jnp.maximum(top[row], highest)
-    fade = jnp.exp2(top[row] - now)
-    weights = [jnp.exp2(s - now) for s in tiles]
-    mass = functools.reduce(jnp.add, weights)
-    mass = jnp.sum(mass.reshape(-1, _tpu.SUBLANES, mass.shape[-1]), axis=0)
-    parts = (product(v[0, 0, 0, b], p.astype(v.dtype)) for b, p in zip(blocks, weights))
+    highest = jnp.max(functools.reduce(jnp.maximum, made), axis=0, keepdims=True)
+    before = top[row]
+    now = jnp.maximum(before, highest)
+    fade = jnp.exp2(before - now)
+    weights = [jnp.exp2(s - now) for s in made]
+    parts = [product(v[0, 0, 0, block], p.astype(v.dtype)) for block, p in zip(blocks, weights)]
     top[row] = now
-    total[row] = fade * total[row] + mass
+    total[row] = fade * total[row] + sum_keys(functools.reduce(jnp.add, weights))
     acc[row] = fade * acc[row] + functools.reduce(jnp.add, parts)
 
   def of_any(tiles):
-    # Each tile has a softmax of its own, so that none waits for another; then they are merged.
+    # Each tile has a softmax of its own, so that none waits for another; then they are merged. All
+    # first products come first: in this order the compiler overlaps the tiles best.
+    tiles = [(row, jnp.minimum(row, count - 1), block) for row, block in tiles]
+    made = [logits(query, block) for _, query, block in tiles]
     parts = []
-    for row, block in tiles:
-      query = jnp.minimum(row, count - 1)
-      s, ids = logits(query, block), None
+    for (row, query, block), s in zip(tiles, made):
+      ids = None
       if has_ids:
         ids = q_ids[0, 0, pl.ds(query, 1), :], kv_ids[0, 0, pl.ds(block, 1), :]
       seen = rule.visible(query_base + query, key_base + block, ids)
@@ -186,16 +190,13 @@ def _kernel(jobs, q, k, v, *refs, rule: Rule, per_trip: int, has_ids: bool, bloc
         tops[row, pl.ds(block, 1), :] = highest
       own = jnp.maximum(highest, FLOOR)
       p = jnp.exp2(s - own)
-      mass = jnp.sum(p.reshape(-1, _tpu.SUBLANES, p.shape[-1]), axis=0)
-      parts.append((row, own, mass, product(v[0, 0, 0, block], p.astype(v.dtype))))
-    for n, (row, own, mass, part) in enumerate(parts):
+      parts.append((row, own, sum_keys(p), product(v[0, 0, 0, block], p.astype(v.dtype))))
+    for row, own, mass, part in parts:
       before = top[row]
       now = jnp.maximum(before, own)
       fade, share = jnp.exp2(before - now), jnp.exp2(own - now)
       top[row] = now
       total[row] = fade * total[row] + share * mass
-      parts[n] = row, fade, share, part
-    for row, fade, share, part in parts:
       acc[row] = fade * acc[row] + share * part
 
   run(jobs, per_trip, of_one_row, of_any)

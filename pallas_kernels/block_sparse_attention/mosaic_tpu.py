@@ -21,6 +21,7 @@ from pallas_kernels.block_sparse_attention._tpu_backward import backward
 from pallas_kernels.block_sparse_attention._tpu_forward import (
   LN2,
   LOG2E,
+  MAX_ROWS,
   ROW_BITS,
   Rule,
   forward,
@@ -31,6 +32,8 @@ from pallas_kernels.block_sparse_attention.pattern import BlockPattern
 _KEYS_PER_TRIP = 512
 _QUERIES_PER_TRIP = 256
 _TOKENS_PER_STEP = 1024
+_BLOCK = 512  # where the call brings no pattern
+_LARGEST = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +44,8 @@ class TPUConfig:
     tiles_per_trip: full key blocks a trip of the forward loop takes; None: as many as make 512
       keys. What is left of a row goes one tile a trip.
     backward_tiles_per_trip: the same for query blocks, backward; None: as many as make 256 queries.
-    rows_per_step: most rows of the lists that one grid step takes; None: of 1,024 tokens.
+    rows_per_step: most rows of the lists that one grid step takes; None: as many as make 1,024
+      tokens and take a quarter of the chip's VMEM.
     resident_bytes: VMEM for what stays there over many rows (forward: K and V, backward: queries,
       cotangents, dq); None: half of the chip's. Longer sequences are cut into ranges.
   """
@@ -67,54 +71,57 @@ class Plan:
   """Everything static about a call."""
 
   rule: Rule
-  forward_tiles: int
-  backward_tiles: int
-  rows_per_step: int | None
-  resident_bytes: int
+  config: TPUConfig
   block_max: bool
   interpret: Any
 
-  def ranges(self, blocks: int, block_bytes: int) -> int:
-    """Into how many ranges of equal size to cut ``blocks`` blocks that are to stay in VMEM."""
+  @property
+  def forward_tiles(self) -> int:
+    return self.config.tiles_per_trip or max(_KEYS_PER_TRIP // self.rule.block_kv, 1)
+
+  @property
+  def backward_tiles(self) -> int:
+    return self.config.backward_tiles_per_trip or max(_QUERIES_PER_TRIP // self.rule.block_q, 1)
+
+  @property
+  def resident_bytes(self) -> int:
+    return self.config.resident_bytes or _tpu.chip().vmem_bytes // 2
+
+  def ranges(self, blocks: int, block_bytes: int) -> tuple[int, int]:
+    """Into how many ranges of how many blocks to cut what is to stay in VMEM."""
     fit = max(self.resident_bytes // (2 * block_bytes), 1)  # twice: the next one is being copied
-    return -(-blocks // fit)
+    ranges = -(-blocks // fit)
+    return ranges, -(-blocks // ranges)
 
+  def forward_ranges(self, S: int, H: int, Hv: int, dtype: Any) -> tuple[int, int]:
+    block = self.rule.block_kv
+    return self.ranges(-(-S // block), block * (H + Hv) * jnp.dtype(dtype).itemsize)
 
-def plan(
-  *,
-  T: int,
-  S: int,
-  block_q: int,
-  block_kv: int,
-  causal: bool,
-  window: int | None,
-  logit_cap: float | None,
-  scale: float,
-  block_max: bool = False,
-  config: TPUConfig | None = None,
-  interpret: Any = False,
-) -> Plan:
-  """The heuristic: see ``TPUConfig``."""
-  config = config or TPUConfig()
-  rule = Rule(
-    T, S, block_q, block_kv, causal, window, S % block_kv != 0 and not causal, logit_cap, scale
-  )
-  return Plan(
-    rule,
-    config.tiles_per_trip or max(_KEYS_PER_TRIP // block_kv, 1),
-    config.backward_tiles_per_trip or max(_QUERIES_PER_TRIP // block_q, 1),
-    config.rows_per_step,
-    config.resident_bytes or _tpu.chip().vmem_bytes // 2,
-    block_max,
-    interpret,
-  )
+  def backward_ranges(self, T: int, H: int, Hv: int, dtype: Any) -> tuple[int, int]:
+    block = self.rule.block_q
+    return self.ranges(-(-T // block), block * ((H + Hv) * jnp.dtype(dtype).itemsize + H * 4))
+
+  def steps(self, rows: int, block: int, width: int) -> tuple[int, int]:
+    """Grid steps and rows of each; ``width``: bytes a token takes in copies and sums."""
+    tokens = min(_TOKENS_PER_STEP, _tpu.chip().vmem_bytes // 4 // width)
+    most = self.config.rows_per_step or tokens // block
+    c = max(min(most, rows, MAX_ROWS - 1), 1)
+    return -(-rows // c), c
+
+  def forward_steps(self, T: int, H: int, Hv: int) -> tuple[int, int]:
+    block = self.rule.block_q
+    return self.steps(-(-T // block), block, 2 * 4 * H + 3 * 4 * Hv)
+
+  def backward_steps(self, S: int, H: int, Hv: int) -> tuple[int, int]:
+    block = self.rule.block_kv
+    return self.steps(-(-S // block), block, 7 * 4 * H + 5 * 4 * Hv)
 
 
 def block_sparse_attention(
   q: jax.Array,
   k: jax.Array,
   v: jax.Array,
-  blocks: BlockPattern,
+  blocks: BlockPattern | None,
   segment_ids: tuple[jax.Array, jax.Array] | None,
   *,
   causal: bool,
@@ -127,64 +134,72 @@ def block_sparse_attention(
   """See ``pallas_kernels.block_sparse_attention``."""
   interpret = require_tpu("block_sparse_attention")
   T, S = q.shape[1], k.shape[1]
-  made = plan(
-    T=T, S=S, block_q=blocks.block_q, block_kv=blocks.block_kv, causal=causal, window=window,
-    logit_cap=logit_cap, scale=scale, block_max=block_max, config=config, interpret=interpret,
-  )  # fmt: skip
-  _check(q, k, v, blocks, made)
+  if blocks is None:
+    # All tiles of the rule. jax's splash attention serves such a mask too; by the schedules of both
+    # it takes 1.6 times the cycles at these blocks (static_cost --against splash), gives no
+    # gradient through lse, and wants every query to see a key.
+    block = min(_BLOCK, -(-max(T, S) // _tpu.LANES) * _tpu.LANES)
+    blocks = BlockPattern.from_rule(
+      T, S, block_q=block, block_kv=block, causal=causal, window=window
+    )
+  block_q, block_kv = blocks.block_q, blocks.block_kv
+  tail = S % block_kv != 0 and not causal  # else no query of the T sees keys past S
+  rule = Rule(T, S, block_q, block_kv, causal, window, tail, logit_cap, scale)
+  plan = Plan(rule, config or TPUConfig(), block_max, interpret)
+  _check(q, k, v, plan)
   lists = tile_lists(blocks, T=T, S=S, causal=causal, window=window, segment_ids=segment_ids)
-  return _attend(made, q, k, v, lists, segment_ids)
+  if segment_ids is not None:
+    segment_ids = tuple(jnp.broadcast_to(x, (q.shape[0], x.shape[1])) for x in segment_ids)
+  return _attend(plan, q, k, v, lists, segment_ids)
 
 
-def _check(q, k, v, blocks, made: Plan) -> None:
-  dtype = jnp.result_type(q, k, v)
+def _check(q: jax.Array, k: jax.Array, v: jax.Array, plan: Plan) -> None:
+  dtype, rule = jnp.result_type(q, k, v), plan.rule
   if dtype not in (jnp.bfloat16, jnp.float32):
     raise Unsupported(
       f"block_sparse_attention: mosaic_tpu computes in bfloat16 or float32, got {dtype}; cast the "
       "inputs or use implementation='xla'."
     )
-  for name, size in (("block_q", blocks.block_q), ("block_kv", blocks.block_kv)):
-    if size % _tpu.LANES:
+  for name, size in (("block_q", rule.block_q), ("block_kv", rule.block_kv)):
+    if size % _tpu.LANES or size > _LARGEST:
       raise Unsupported(
-        f"block_sparse_attention: mosaic_tpu takes blocks of a multiple of {_tpu.LANES} tokens, a "
-        f"register's lanes, got {name}={size}; use such a block or implementation='xla'."
+        f"block_sparse_attention: mosaic_tpu takes blocks of a multiple of {_tpu.LANES} tokens up "
+        f"to {_LARGEST}, got {name}={size}; use such blocks or implementation='xla'."
       )
-  if made.block_max:
-    block_bytes = blocks.block_kv * (k.shape[-1] + v.shape[-1]) * dtype.itemsize
-    if made.ranges(blocks.num_kv_blocks, block_bytes) > 1:
-      raise Unsupported(
-        "block_sparse_attention: mosaic_tpu gives block_max where K and V of a head fit in "
-        f"{made.resident_bytes} bytes of VMEM twice, and {k.shape[1]} keys don't; raise "
-        "TPUConfig.resident_bytes or use implementation='xla'."
-      )
+  ranges, _ = plan.forward_ranges(k.shape[1], k.shape[-1], v.shape[-1], dtype)
+  if plan.block_max and ranges > 1:
+    raise Unsupported(
+      "block_sparse_attention: mosaic_tpu gives block_max where K and V of a head fit in "
+      f"{plan.resident_bytes} bytes of VMEM twice, and {k.shape[1]} keys don't; raise "
+      "TPUConfig.resident_bytes or use implementation='xla'."
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(made: Plan, q, k, v, lists, ids):
-  return _forward(made, q, k, v, lists, ids)[0]
+def _attend(plan: Plan, q, k, v, lists, ids):
+  return _forward(plan, q, k, v, lists, ids)[0]
 
 
-def _forward(made: Plan, q, k, v, lists: tuple[Lists, Lists], ids):
-  rule, dtype = made.rule, jnp.result_type(q, k, v)
+def _forward(plan: Plan, q, k, v, lists: tuple[Lists, Lists], ids):
+  rule, dtype = plan.rule, jnp.result_type(q, k, v)
   B, T, N, _ = q.shape
-  Nk = -(-k.shape[1] // rule.block_kv)
-  R = made.ranges(Nk, rule.block_kv * (k.shape[-1] + v.shape[-1]) * dtype.itemsize)
-  X = -(-Nk // R)
-  c, Y = _steps(made, lists[0].num.shape[-1], rule.block_q)
+  S, H, Hv = k.shape[1], k.shape[3], v.shape[3]
+  R, X = plan.forward_ranges(S, H, Hv, dtype)
+  Y, c = plan.forward_steps(T, H, Hv)
   scaled = (q.astype(jnp.float32) * rule.query_scale).astype(dtype)
   out, lse, peak = forward(
-    _jobs(lists[0], R, X, c, Y, made.forward_tiles, filler=c),
+    _jobs(lists[0], R, X, c, Y, plan.forward_tiles, filler=c),
     _lanes(scaled, rule.block_q, (Y, c)),
     _sublanes(k.astype(dtype), rule.block_kv, (R, X)),
     _lanes(v.astype(dtype), rule.block_kv, (R, X)),
     _ids(ids, (rule.block_q, Y, c), (rule.block_kv, R, X)),
     rule=rule,
-    per_trip=made.forward_tiles,
+    per_trip=plan.forward_tiles,
     batch_lists=lists[0].num.shape[0],
     head_lists=lists[0].num.shape[1],
-    block_max=made.block_max,
+    block_max=plan.block_max,
     out_dtype=dtype if R == 1 else jnp.float32,
-    interpret=made.interpret,
+    interpret=plan.interpret,
   )
   if R > 1:  # attention to disjoint keys: weigh each by its share of the mass
     top = jnp.max(lse, axis=0)
@@ -199,21 +214,19 @@ def _forward(made: Plan, q, k, v, lists: tuple[Lists, Lists], ids):
   out = _tokens(out, T).astype(q.dtype)
   lse = lse.reshape(B, N, -1)[..., :T]
   if peak is not None:
-    peak = peak[0].reshape(B, N, Y * c, -1)[:, :, : lists[0].num.shape[-1], :Nk]
+    peak = peak[0].reshape(B, N, Y * c, -1)
+    peak = peak[:, :, : -(-T // rule.block_q), : -(-S // rule.block_kv)]
   return (out, lse, peak), (q, k, v, out, lse, lists, ids)
 
 
-def _backward(made: Plan, saved, cotangents):
+def _backward(plan: Plan, saved, cotangents):
   q, k, v, out, lse, (_, lists), ids = saved
   dout, dlse, _ = cotangents  # the largest weight of a tile is a target, not a path of gradients
-  rule, dtype = made.rule, jnp.result_type(q, k, v)
+  rule, dtype = plan.rule, jnp.result_type(q, k, v)
   B, T, N, H = q.shape
   S, K, Hv = k.shape[1], k.shape[2], v.shape[-1]
-  Nq = -(-T // rule.block_q)
-  width = (H + Hv) * dtype.itemsize + H * 4
-  R = made.ranges(Nq, rule.block_q * width)
-  X = -(-Nq // R)
-  c, Y = _steps(made, lists.num.shape[-1], rule.block_kv)
+  R, X = plan.backward_ranges(T, H, Hv, dtype)
+  Y, c = plan.backward_steps(S, H, Hv)
   scaled = (q.astype(jnp.float32) * rule.query_scale).astype(dtype)
   some = lse > -jnp.inf
   di = jnp.einsum("btnh,btnh->bnt", dout.astype(jnp.float32), out.astype(jnp.float32))
@@ -226,7 +239,7 @@ def _backward(made: Plan, saved, cotangents):
     return _padded(x, 3, X + 1, nothing)
 
   dq, dk, dv = backward(
-    _jobs(lists, R, X, c, Y, made.backward_tiles, filler=X << ROW_BITS),
+    _jobs(lists, R, X, c, Y, plan.backward_tiles, filler=X << ROW_BITS),
     _lanes(scaled, rule.block_q, (R, X)),
     _lanes(dout.astype(dtype), rule.block_q, (R, X)),
     rows_of(base2, jnp.inf),
@@ -236,11 +249,11 @@ def _backward(made: Plan, saved, cotangents):
     _sublanes(v.astype(dtype), rule.block_kv, (Y, c)),
     _ids(ids, (rule.block_q, R, X), (rule.block_kv, Y, c)),
     rule=rule,
-    per_trip=made.backward_tiles,
+    per_trip=plan.backward_tiles,
     batch_lists=lists.num.shape[0],
     head_lists=lists.num.shape[1],
     sum_dtype=dtype if R * (N // K) == 1 else jnp.float32,
-    interpret=made.interpret,
+    interpret=plan.interpret,
   )
 
   def over_queries(x):  # ranges of queries, and the query heads of a key head
@@ -254,12 +267,6 @@ def _backward(made: Plan, saved, cotangents):
 
 
 _attend.defvjp(_forward, _backward)
-
-
-def _steps(made: Plan, rows: int, block: int) -> tuple[int, int]:
-  """Rows of a grid step, and steps."""
-  c = max(min(made.rows_per_step or _TOKENS_PER_STEP // block, rows), 1)
-  return c, -(-rows // c)
 
 
 def _padded(x: jax.Array, axis: int, size: int, value: Any = 0) -> jax.Array:
