@@ -151,10 +151,19 @@ def schedules(compiled: jax.stages.Compiled) -> list[Schedule]:
     units = sorted(folder.glob(stem + "final_hlo-static-per-bundle-utilization.txt"))
     placed = sorted(folder.glob(stem + "post-delay-converter.txt"))
     if final and units and placed:
-      found.append(_schedule(kernel, *(x[-1].read_text() for x in (final, units, placed))))
+      texts = (x[-1].read_text() for x in (final, units, placed))
+      found.append(_schedule(_own_name(kernel), *texts))
   for path in folder.glob("*"):
     path.unlink()
   return found
+
+
+def _own_name(name: str) -> str:
+  """A kernel's own name, without what it was transformed by: ``transpose_jvp_f__.1`` is ``f.1``."""
+  stem, dot, number = name.partition(".")
+  while wrapped := re.fullmatch(r"(?:jvp|transpose|vmap)_(.+)_", stem):
+    stem = wrapped[1]
+  return stem + dot + number
 
 
 _BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s+(\w\w)?:?\s*((?:>\s*)*)\{(\})?")
