@@ -10,6 +10,7 @@ from pallas_kernels.block_sparse_attention import BlockPattern, block_sparse_att
 from pallas_kernels.delta_rule import delta_rule
 from pallas_kernels.linear_attention import linear_attention
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
+from pallas_kernels.selective_scan import selective_scan
 from pallas_kernels.tree_attention import tree_attention
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
   "delta_rule",
   "linear_attention",
   "linear_cross_entropy",
+  "selective_scan",
   "target",
   "tree_attention",
 ]

@@ -52,14 +52,12 @@ def selective_scan(
 def tiles(config: TPUConfig, channels: int, states: int, block_t: int) -> tuple[int, int]:
   """Channels in a tile, forward and backward: the largest that divides them (128 always does).
 
-  The backward pass holds ``block_t`` states of the tile, which get an eighth of VMEM on v5e and
-  up to half of it where it is small.
+  The backward pass holds ``block_t`` states of its tile in VMEM: at most 4 MiB of them.
   """
   padded = -(-channels // 128) * 128
   fits = [d for d in range(128, config.block_d + 1, 128) if padded % d == 0]
   state = 4 * block_t * -(-states // 8) * 8
-  budget = min(4 * 2**20, _tpu.chip().vmem_bytes // 4)
-  return fits[-1], max([d for d in fits if state * d <= budget], default=128)
+  return fits[-1], max([d for d in fits if state * d <= 4 * 2**20], default=128)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
