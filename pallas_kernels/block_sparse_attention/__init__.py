@@ -12,13 +12,21 @@ import jax.numpy as jnp
 from pallas_kernels import _checks
 from pallas_kernels._dispatch import Op
 from pallas_kernels.block_sparse_attention.lists import Lists, tile_lists
+from pallas_kernels.block_sparse_attention.mosaic_tpu import TPUConfig
 from pallas_kernels.block_sparse_attention.pattern import BlockPattern
 from pallas_kernels.block_sparse_attention.xla import XLAConfig
 
-__all__ = ["BlockPattern", "Lists", "XLAConfig", "block_sparse_attention", "tile_lists"]
+__all__ = [
+  "BlockPattern",
+  "Lists",
+  "TPUConfig",
+  "XLAConfig",
+  "block_sparse_attention",
+  "tile_lists",
+]
 
 _NAME = "block_sparse_attention"
-_OP = Op(_NAME, __name__, {"xla": XLAConfig})
+_OP = Op(_NAME, __name__, {"xla": XLAConfig, "mosaic_tpu": TPUConfig})
 
 
 def block_sparse_attention(
@@ -49,9 +57,9 @@ def block_sparse_attention(
   at run time. A query that sees no key gives 0, log-sum-exp -inf and no gradient. Gradients for q,
   k and v, also through the log-sum-exp. Head n of N reads key/value head ``n // (N / K)``.
 
-  ``blocks=None`` is plain causal (or windowed) attention; there ``mosaic_tpu`` hands over to jax's
-  own splash attention (``jax.experimental.pallas.ops.tpu.splash_attention``), which serves such a
-  static mask well, wherever it can run the call.
+  ``blocks=None`` is plain causal (or windowed) attention over all tiles. jax's splash attention
+  (``jax.experimental.pallas.ops.tpu.splash_attention``) serves such static masks on TPUs too; by
+  the compiler's schedules ``mosaic_tpu`` needs fewer cycles, so nothing is handed over to it.
 
   Args:
     q: ``[B,T,N,H]``. k: ``[B,S,K,H]``. v: ``[B,S,K,Hv]``; K divides N, Hv may differ from H.
@@ -65,11 +73,11 @@ def block_sparse_attention(
     return_block_max: also the largest P of every tile, float32 ``[B,N,Nq,Nk]``, 0 where not
       visited, without gradient (the ground truth of SeerAttention, arXiv 2410.13276, before its
       rows are normalised). Needs ``blocks``.
-    implementation, config: see ``pallas_kernels``; ``XLAConfig`` for ``xla``.
+    implementation, config: see ``pallas_kernels``; ``XLAConfig`` or ``TPUConfig``.
 
   Returns:
     ``out [B,T,N,Hv]`` in q's dtype; with the options a tuple ``(out, lse)``, ``(out, block_max)``
-    or ``(out, lse, block_max)``. (float64 inputs: statistics in float64 in ``reference`` and ``xla``.)
+    or ``(out, lse, block_max)``. float64 inputs have float64 statistics in ``reference``, ``xla``.
 
   Raises:
     ValueError: shapes, heads, pattern or options that don't fit together.
