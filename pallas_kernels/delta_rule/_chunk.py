@@ -22,6 +22,14 @@ from pallas_kernels._chunks import Products, grid
 Decay = Any  # ScalarDecay or ChannelDecay
 
 
+class Tiles(NamedTuple):
+  q: jax.Array  # [C,H]
+  k: jax.Array  # [C,H]
+  v: jax.Array  # [C,Hv]
+  beta: jax.Array  # [C,1]
+  decay: Decay
+
+
 class Prepared(NamedTuple):
   scores: jax.Array  # [C,C] what tokens read of one another's writes
   inverse: jax.Array  # [C,C] (I + A)^-1
@@ -34,27 +42,20 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  beta: jax.Array,
-  decay: Decay,
+  chunks: list[Tiles],
   dot: Products,
-  invert: Callable[[jax.Array], jax.Array],
-) -> Prepared:
-  """What of a chunk doesn't depend on the state. q, k ``[C,H]``, v ``[C,Hv]``, beta ``[C,1]``."""
-  inverse = invert(beta * decay.scores(k, k, dot))
-  erase = beta * (decay.enter * k)
-  return Prepared(
-    scores=decay.scores(q, k, dot, diagonal=True),
-    inverse=inverse,
-    erase=erase,
-    fresh=dot(inverse, beta * v),
-    seen=dot(inverse, erase),
-    enter=decay.enter * q,
-    leave=decay.leave * k,
-    state=decay.state,
-  )
+  invert: Callable[[list[jax.Array]], list[jax.Array]],
+) -> list[Prepared]:
+  """What of chunks doesn't depend on the state, all in step: see ``_inverse.on_lanes``."""
+  inverses = invert([c.beta * c.decay.scores(c.k, c.k, dot) for c in chunks])
+  scores = [c.decay.scores(c.q, c.k, dot, diagonal=True) for c in chunks]
+  fresh = [dot(x, c.beta * c.v) for x, c in zip(inverses, chunks)]
+  erase = [c.beta * (c.decay.enter * c.k) for c in chunks]
+  seen = [dot(x, e) for x, e in zip(inverses, erase)]
+  return [
+    Prepared(*parts, c.decay.enter * c.q, c.decay.leave * c.k, c.decay.state)
+    for *parts, c in zip(scores, inverses, erase, fresh, seen, chunks)
+  ]
 
 
 def advance(p: Prepared, state: jax.Array, dot: Products) -> tuple[jax.Array, jax.Array]:
@@ -91,11 +92,7 @@ class Gradients(NamedTuple):
 
 
 def gradients(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  beta: jax.Array,
-  decay: Decay,
+  chunk: Tiles,
   state: jax.Array,
   writes: jax.Array,
   d_out: jax.Array,
@@ -114,6 +111,7 @@ def gradients(
     d_out: gradient of the unscaled output times scale. d_right: of ``retreat``.
     d_state: gradient of the state after the chunk.
   """
+  q, k, v, beta, decay = chunk
   d_scores, d_erase = dot(d_out, writes, "nt"), -dot(d_right, writes, "nt")  # strict part is used
   d_diagonal = jnp.sum(d_out * writes, axis=1, keepdims=True)
   d_enter = decay.enter * dot(d_out, state, "nt")

@@ -11,10 +11,12 @@ same and is useless: its powers cancel as soon as keys resemble one another.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._chunks import Products, grid
+from pallas_kernels._chunks import Products, grid, halves
 
 
 def small(a: jax.Array, dot: Products) -> jax.Array:
@@ -54,31 +56,46 @@ def doubling(a: jax.Array, dot: Products, first: int = 16) -> jax.Array:
   return inverse[0]
 
 
-def on_lanes(a: jax.Array, dot: Products, first: int = 32) -> jax.Array:
-  """Of ``[C,C]`` for TPUs: forward substitution in blocks of ``first`` rows, then doubling.
+def on_lanes(systems: list[jax.Array], dot: Products, first: int = 16) -> list[jax.Array]:
+  """Of several ``[C,C]`` for TPUs: substitution in blocks of ``first`` rows, then doubling.
 
   Blocks on the diagonal share no column, so all of them fit side by side in ``[first, C]``, and a
   step of the substitution is one for all: column j of every block, spread over the block's lanes,
-  times row j. The products then take only the rows that change.
+  times row j. The products then take only the rows that change. Several systems advance in step:
+  each operation waits for the one before it, and the others fill the wait.
   """
-  rows = a.shape[0]
+  rows = systems[0].shape[0]
   b = min(first, rows)
   i, j = grid(rows, rows)
   own = (i ^ j) < b  # in one block of b, a power of two
-  packed = jnp.sum(jnp.where(own, a, 0).reshape(rows // b, b, rows), axis=0)
+  packed = [jnp.sum(jnp.where(own, a, 0).reshape(rows // b, b, rows), axis=0) for a in systems]
   i, j = grid(b, rows)
-  inverse = (i == j & (b - 1)).astype(a.dtype)
+  inverses = [(i == j & (b - 1)).astype(a.dtype) for a in systems]
   for column in range(b - 1):
-    spread = jnp.take_along_axis(packed, (j & -b) + column, axis=1)
-    inverse = inverse - spread * inverse[column : column + 1]
-  inverse = jnp.where(own, jnp.concatenate([inverse] * (rows // b)), 0)
+    spread = [jnp.take_along_axis(p, (j & -b) + column, axis=1) for p in packed]
+    inverses = [x - s * x[column : column + 1] for x, s in zip(inverses, spread)]
+  inverses = [jnp.where(own, jnp.concatenate([x] * (rows // b)), 0) for x in inverses]
   while b < rows:
     i, j = grid(rows, rows)
-    below = jnp.where(((i ^ j) < 2 * b) & ((i & b) > (j & b)), a, 0)
-    new = dot(_second(inverse, b), _spread_second(dot(_second(below, b), inverse), b))
-    inverse = inverse - _spread_second(new, b)
+    mask = ((i ^ j) < 2 * b) & ((i & b) > (j & b))
+    below = [_second(jnp.where(mask, a, 0), b) for a in systems]
+    new = _dots(below, inverses, dot)
+    new = _dots([_second(x, b) for x in inverses], [_spread_second(y, b) for y in new], dot)
+    inverses = [x - _spread_second(y, b) for x, y in zip(inverses, new)]
     b *= 2
-  return inverse
+  return inverses
+
+
+def _dots(lefts, rights, dot: Products):
+  """Products side by side; split operands share what is loaded for the high half of the right."""
+  if dot.passes == 1:
+    return [dot(x, y) for x, y in zip(lefts, rights)]
+  once = dataclasses.replace(dot, operand=jnp.bfloat16, passes=1)
+  split = [(halves(x), halves(y)) for x, y in zip(lefts, rights)]
+  high = [once(jnp.concatenate(x), y[0]) for x, y in split]
+  low = [once(x[0], y[1]) for x, y in split]
+  n = lefts[0].shape[0]
+  return [x[:n] + (x[n:] + y) for x, y in zip(high, low)]
 
 
 def _second(x: jax.Array, b: int) -> jax.Array:
@@ -92,7 +109,7 @@ def _spread_second(x: jax.Array, b: int) -> jax.Array:
   return jnp.concatenate([y for part in parts for y in (jnp.zeros_like(part), part)])
 
 
-def products(rows: int, dot: Products, first: int = 32) -> int:
+def products(rows: int, dot: Products, first: int = 16) -> int:
   """Multiply-adds of the matrix unit in ``on_lanes``, each pass over split operands counted."""
   doublings = (rows // min(first, rows)).bit_length() - 1
   return doublings * 2 * (rows // 2) * rows * rows * dot.passes

@@ -38,42 +38,46 @@ def _kernel(layout: Layout, counts, *refs):
 
   heads, chunks = range(layout.each), range(layout.group)
   tiles = (q_ref, k_ref, v_ref)
-  prepared = [prepare(layout, counts, tiles, rows_ref, g_ref, head) for head in heads]
+  inputs, parts = prepare(layout, counts, tiles, rows_ref, g_ref)
 
-  walked = [[] for _ in heads]  # state before, and writes of, every chunk
+  walked = [None] * layout.group  # (states before, writes) of every chunk, per head
   states = [saved_ref[head] for head in heads]
   for chunk in chunks:
-    for head in heads:
-      before = states[head]
-      part = prepared[head][chunk][1]
-      writes, states[head] = _chunk.advance(part, before, layout.dot)
-      walked[head].append((before, writes))
+    before = states
+    steps = [_chunk.advance(parts[head][chunk], before[head], layout.dot) for head in heads]
+    writes, states = zip(*steps)
+    walked[chunk] = before, writes
 
   d_states = [d_state_ref[head] for head in heads]
-  columns = [[None] * layout.group for _ in heads]
+  d_walked = [None] * layout.group  # (d_out, d_right, d_state after) of every chunk, per head
   for chunk in reversed(chunks):
+    after = d_states
+    places = [layout.place(layout.heads, layout.width, head, chunk) for head in heads]
+    d_outs = [layout.scale * d_out_ref[place].astype(jnp.float32) for place in places]
+    steps = [
+      _chunk.retreat(parts[head][chunk], d_outs[head], after[head], layout.dot) for head in heads
+    ]
+    d_rights, d_states = zip(*steps)
+    d_walked[chunk] = d_outs, d_rights, after
+
+  outputs = ((dq_ref, layout.h), (dk_ref, layout.h), (dv_ref, layout.width))
+  columns = [[None] * layout.group for _ in heads]
+  for chunk in chunks:
     totals = {}  # gradients of what heads share
     for head in heads:
-      inputs, part = prepared[head][chunk]
-      place = layout.place(layout.heads, layout.width, head, chunk)
-      d_out = layout.scale * d_out_ref[place].astype(jnp.float32)
-      after = d_states[head]
-      d_right, d_states[head] = _chunk.retreat(part, d_out, after, layout.dot)
-      grads = _chunk.gradients(*inputs, *walked[head][chunk], d_out, d_right, after, layout.dot)
-      for ref, count, width, x in zip(
-        (dq_ref, dk_ref, dv_ref), counts, (layout.h, layout.h, layout.width), grads
-      ):
-        index = layout.place(count, width, head, chunk)
-        shared = (id(ref), head * layout.local(count) // layout.each)
-        totals[shared] = (ref, index, x + totals[shared][2] if shared in totals else x)
+      states = (x[head] for x in walked[chunk] + d_walked[chunk])
+      grads = _chunk.gradients(inputs[head][chunk], *states, layout.dot)
+      for array, x in enumerate(grads[:3]):
+        shared = array, head * layout.local(counts[array]) // layout.each
+        totals[shared] = x + totals[shared] if shared in totals else x
+      columns[head][chunk] = (grads.beta, grads.later, grads.earlier)
       if layout.channel:
         columns[head][chunk] = (grads.beta,)
         index = layout.place(layout.heads, layout.h, head, chunk)
         dg_ref[index] = sum_from(grads.later) + sum_before(grads.earlier)
-      else:
-        columns[head][chunk] = (grads.beta, grads.later, grads.earlier)
-    for ref, index, x in totals.values():
-      ref[index] = x.astype(ref.dtype)
+    for (array, head), x in totals.items():
+      ref, width = outputs[array]
+      ref[layout.slot(width, head, chunk)] = x.astype(ref.dtype)
 
   for head in heads:  # one transpose for all columns of a head
     kinds = zip(*columns[head])

@@ -23,26 +23,26 @@ from pallas_kernels.delta_rule._tpu_layout import (
 )
 
 
-def load(layout: Layout, counts, refs, head: int, chunk: int):
-  """q, k, v tiles of one head's chunk."""
+def prepare(layout: Layout, counts, refs, rows_ref, g_ref):
+  """Tiles and state-independent parts of a step, each ``[head][chunk]``."""
+  heads, chunks = range(layout.each), range(layout.group)
   widths = (layout.h, layout.h, layout.width)
-  return tuple(
-    ref[layout.place(heads, width, head, chunk)] for ref, heads, width in zip(refs, counts, widths)
-  )
-
-
-def prepare(layout: Layout, counts, refs, rows_ref, g_ref, head: int):
-  """Tiles, decays and state-independent parts of every chunk of one head."""
-  rows = rows_ref[head]
-  columns = rows.T
+  tiles = []
+  for head in heads:
+    rows = rows_ref[head]
+    columns = rows.T
+    for chunk in chunks:
+      q, k, v = (
+        ref[layout.place(count, width, head, chunk)]
+        for ref, count, width in zip(refs, counts, widths)
+      )
+      beta = columns[:, chunk : chunk + 1]
+      decay = layout.decays(rows, columns, g_ref, head, chunk)
+      tiles.append(_chunk.Tiles(q, k, v, beta, decay))
   invert = functools.partial(_inverse.on_lanes, dot=layout.exact)
-  parts = []
-  for chunk in range(layout.group):
-    q, k, v = load(layout, counts, refs, head, chunk)
-    beta = columns[:, chunk : chunk + 1]
-    decay = layout.decays(rows, columns, g_ref, head, chunk)
-    parts.append(((q, k, v, beta, decay), _chunk.prepare(q, k, v, beta, decay, layout.dot, invert)))
-  return parts
+  parts = _chunk.prepare(tiles, layout.dot, invert)
+  n = layout.group
+  return tuple([x[head * n : (head + 1) * n] for head in heads] for x in (tiles, parts))
 
 
 def _kernel(layout: Layout, counts, save: bool, *refs):
@@ -57,14 +57,14 @@ def _kernel(layout: Layout, counts, save: bool, *refs):
   if save:
     saved[0][...] = state_ref[...]
   tiles = (q_ref, k_ref, v_ref)
-  prepared = [prepare(layout, counts, tiles, rows_ref, g_ref, head) for head in range(layout.each)]
+  _, parts = prepare(layout, counts, tiles, rows_ref, g_ref)
   states = [state_ref[head] for head in range(layout.each)]
   for chunk in range(layout.group):
+    now = [part[chunk] for part in parts]
+    before = states
+    writes, states = zip(*[_chunk.advance(p, s, layout.dot) for p, s in zip(now, before)])
     for head in range(layout.each):
-      _, part = prepared[head][chunk]
-      before = states[head]
-      writes, states[head] = _chunk.advance(part, before, layout.dot)
-      out = layout.scale * _chunk.read(part, before, writes, layout.dot)
+      out = layout.scale * _chunk.read(now[head], before[head], writes[head], layout.dot)
       place = layout.place(layout.heads, layout.width, head, chunk)
       out_ref[place] = out.astype(out_ref.dtype)
   for head in range(layout.each):

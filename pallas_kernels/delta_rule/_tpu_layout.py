@@ -98,9 +98,20 @@ class Layout:
 
     return pl.BlockSpec((None, self.each, None, self.h, self.width), index)
 
+  def inverses(self, reverse: bool = False) -> pl.BlockSpec:
+    """A step of the inverses ``[B,N,T,C]``."""
+
+    def index(b, n, step):
+      return b, n, self.steps - 1 - step if reverse else step, 0
+
+    return pl.BlockSpec((None, self.each, self.tokens, self.chunk), index)
+
   def place(self, heads: int, width: int, head: int, chunk: int) -> tuple:
     """Index into a block of ``spec``: the rows of a chunk for head ``head`` of the step."""
-    head = head * self.local(heads) // self.each
+    return self.slot(width, head * self.local(heads) // self.each, chunk)
+
+  def slot(self, width: int, head: int, chunk: int) -> tuple:
+    """The same for head ``head`` of those in the block."""
     tokens = slice(chunk * self.chunk, (chunk + 1) * self.chunk)
     if width % LANES == 0:
       return tokens, slice(head * width, (head + 1) * width)

@@ -7,6 +7,7 @@ steps from the end, forms the states of a step's chunks again, and carries the s
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from pallas_kernels._dispatch import Unsupported, require_tpu
 from pallas_kernels._tpu import chip
 from pallas_kernels.delta_rule import TPUConfig
+from pallas_kernels.delta_rule._tpu_backward import backward
 from pallas_kernels.delta_rule._tpu_forward import forward
 from pallas_kernels.delta_rule._tpu_layout import Layout
 
@@ -30,30 +32,43 @@ def delta_rule(q, k, v, beta, log_decay, state, *, scale, chunk_size=None, confi
   if jnp.promote_types(state.dtype, q.dtype) == jnp.float64:
     raise Unsupported("delta_rule: TPUs have no float64; use 'xla' on a CPU.")
   dtype = jnp.result_type(q, k, v)
-  layout = _layout(q, k, v, beta, log_decay, scale, chunk_size, config, dtype, interpret)
-  more = layout.steps * layout.tokens - q.shape[1]
+  sizes = (*beta.shape, q.shape[3], v.shape[3])
+  counts = [x.shape[2] for x in (q, k, v)]
+  plan = layout(
+    sizes, counts, log_decay.ndim == 4, dtype, scale=scale, chunk_size=chunk_size, config=config
+  )
+  plan = dataclasses.replace(plan, interpret=interpret)
+  more = plan.steps * plan.tokens - q.shape[1]
   tokens = [
     jnp.pad(x, ((0, 0), (0, more)) + ((0, 0),) * (x.ndim - 2)) if more else x
     for x in (q.astype(dtype), k.astype(dtype), v.astype(dtype), beta, log_decay)
   ]
-  out, last = _delta(layout, *tokens, state)
+  out, last = _delta(plan, *tokens, state)
   return out[:, : q.shape[1]].astype(q.dtype), last
 
 
-def _layout(q, k, v, beta, g, scale, chunk_size, config, dtype, interpret) -> Layout:
-  b, t, _, h = q.shape
-  n, width = beta.shape[2], v.shape[3]
+def layout(sizes, counts, channel, dtype, *, scale=1.0, chunk_size=None, config=None) -> Layout:
+  """The blocks of a call with these sizes (B, T, N, H, Hv) and head counts of q, k, v."""
+  b, t, n, h, width = sizes
   config = config or TPUConfig()
-  channel = g.ndim == 4
   chunk = chunk_size or (64 if channel else 128)
   chunk = max(_SMALLEST_CHUNK, min(chunk, 1 << (t - 1).bit_length()))
   chunks = -(-t // chunk)
-  steps = -(-chunks // (config.group or 4))
+  steps = -(-chunks // (config.group or 2))
   group = -(-chunks // steps)  # so that at most steps - 1 chunks are padding
-  each = _heads(n, [x.shape[2] for x in (q, k, v)], config.heads or 2)
-  limit = min(chip().vmem_bytes * 3 // 4, 96 * _MIB)
   return Layout(
-    b, n, each, chunk, group, steps, h, width, channel, jnp.dtype(dtype), scale, interpret, limit
+    batch=b,
+    heads=n,
+    each=_heads(n, counts, config.heads or 2),
+    chunk=chunk,
+    group=group,
+    steps=steps,
+    h=h,
+    width=width,
+    channel=channel,
+    dtype=jnp.dtype(dtype),
+    scale=scale,
+    vmem_limit_bytes=min(chip().vmem_bytes * 3 // 4, 96 * _MIB),
   )
 
 
@@ -77,8 +92,6 @@ def _delta_forward(layout, q, k, v, beta, g, state):
 
 
 def _delta_backward(layout, saved, cotangents):
-  from pallas_kernels.delta_rule._tpu_backward import backward
-
   return backward(layout, *saved, *cotangents)
 
 

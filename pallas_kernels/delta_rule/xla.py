@@ -138,7 +138,7 @@ def _backward(plan, inputs, starts, d_out, d_state):
 
 def _group_gradients(plan, pieces, state, d_out, d_state):
   """Gradients of a group's state and inputs; its states and writes are recomputed."""
-  (q, k, v, beta, decay), prepared = _prepare(plan, pieces)
+  chunks, prepared = _prepare(plan, pieces)
   _, (states, writes) = _walk(plan, prepared, state)
   d_out = plan.scale * _tiles(plan, d_out)
 
@@ -149,7 +149,7 @@ def _group_gradients(plan, pieces, state, d_out, d_state):
 
   d_state, (d_right, d_states) = jax.lax.scan(back, d_state, (prepared, d_out), reverse=True)
   *grads, later, earlier = _each(3, _chunk.gradients, plan.dot)(
-    q, k, v, beta, decay, states, writes, d_out, d_right, d_states
+    chunks, states, writes, d_out, d_right, d_states
   )
   grads.append(_each(3, lambda x, y: sum_from(x) + sum_before(y))(later, earlier))
   new = [_tokens(x, p.shape[2]) for x, p in zip(grads, pieces)]
@@ -160,9 +160,12 @@ def _prepare(plan, pieces):
   """Tiles of a group and its state-independent part, all ``[m,B,N,...]``."""
   q, k, v, beta, g = (_tiles(plan, x if x.ndim == 4 else x[..., None]) for x in pieces)
   decay = _each(3, _decay)(g) if pieces[4].ndim == 3 else _each(3, channel_decay)(g)
-  invert = functools.partial(doubling, dot=plan.exact)
-  prepared = _each(3, _chunk.prepare, plan.dot, invert)(q, k, v, beta, decay)
-  return (q, k, v, beta, decay), prepared
+  chunks = _chunk.Tiles(q, k, v, beta, decay)
+
+  def invert(systems):
+    return [doubling(a, plan.exact) for a in systems]
+
+  return chunks, _each(3, lambda c: _chunk.prepare([c], plan.dot, invert)[0])(chunks)
 
 
 def _walk(plan, prepared, state):
