@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from pallas_kernels._dispatch import current_target
 from pallas_kernels.block_sparse_attention._gradients import with_gradients
+from pallas_kernels.block_sparse_attention._short import LONGEST, short_attention
 from pallas_kernels.block_sparse_attention.lists import Lists, tile_lists
 from pallas_kernels.block_sparse_attention.pattern import BlockPattern, dense_pattern
 
@@ -236,7 +237,9 @@ def _forward(plan: _Plan, q, k, v, rows: _Rows, ids, block_max: bool):
     peak = None
     if tops is not None:  # P's largest entry in a tile, from its largest logit in every row
       p = jnp.exp(tops - jnp.where(seen, lse, 0.0)[..., None])
-      p = jnp.max(p.reshape(plan.r, plan.F, plan.bq, -1), axis=2)
+      p = p.reshape(plan.r, plan.F, plan.bq, -1)
+      real = row.block * plan.bq + jnp.arange(plan.bq) < plan.T  # the rest is padding
+      p = jnp.max(jnp.where(real[:, None], p, 0.0), axis=2)
       spread = jnp.zeros((plan.r, plan.F, plan.nk), f32)
       peak = spread.at[jnp.arange(plan.r)[:, None], :, row.idx].max(p.swapaxes(1, 2))
     return None, ((acc / total[..., None]).astype(q.dtype), lse, peak)
@@ -307,6 +310,10 @@ def block_sparse_attention(
   config: XLAConfig | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
   T, S = q.shape[1], k.shape[1]
+  short = blocks is None and config is None and max(T, S) <= LONGEST
+  if short and current_target().platform == "cpu":
+    rule = {"causal": causal, "window": window, "logit_cap": logit_cap, "scale": scale}
+    return *short_attention(q, k, v, segment_ids, **rule), None
   if blocks is None:
     blocks = dense_pattern(T, S, causal=causal, window=window)
   lists, _ = tile_lists(blocks, T=T, S=S, causal=causal, window=window, segment_ids=segment_ids)
