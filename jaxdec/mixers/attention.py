@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxdec.mixers.base import Topology, write_rows
 from jaxdec.mixers.norms import Dense, NormConfig, RMSNorm
 from jaxdec.mixers.rope import RopeConfig, apply_rope
+from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.tree_attention import tree_attention
 
 MASKED = -1e30  # finite, so that a fully masked row gives a uniform, not a NaN, softmax
@@ -105,18 +106,6 @@ def attention_values(
   return out.reshape(b, length, -1, h)
 
 
-def attend(
-  q: Float[Array, "B T N H"],
-  k: Float[Array, "B K S H"],
-  v: Float[Array, "B K S H"],
-  mask: Bool[Array, "#B T S"],
-  config: AttentionConfig,
-) -> Float[Array, "B T N H"]:
-  """``softmax(mask(q·k)) v``."""
-  probs = jax.nn.softmax(attention_logits(q, k, mask, config), axis=-1)
-  return attention_values(probs, v, q.shape[1])
-
-
 def visible(
   query_position: Int[Array, "B T"], key_position: Int[Array, "#B S"], window: int | None
 ) -> Bool[Array, "B T S"]:
@@ -131,37 +120,8 @@ def heads_first(x: Float[Array, "B T K H"]) -> Float[Array, "B K T H"]:
   return x.transpose(0, 2, 1, 3)
 
 
-def causal_attention(
-  q: Float[Array, "B T N H"],
-  k: Float[Array, "B T K H"],
-  v: Float[Array, "B T K H"],
-  segment_ids: Int[Array, "B T"] | None,
-  config: AttentionConfig,
-  *,
-  block: int = 128,
-) -> Float[Array, "B T N H"]:
-  """Self-attention over whole sequences, one block of queries at a time.
-
-  Each block meets only the keys it can see, so the causal half (and what lies before a window) is
-  never computed, and no ``[T,T]`` array exists: at T = 512 on a CPU several times faster than one
-  masked softmax. Order goes by index, not by position, since packed documents restart their
-  positions; inside a segment the differences are the same.
-  """
-  length, outs = q.shape[1], []
-  k, v = heads_first(k), heads_first(v)
-  for start in range(0, length, block):
-    stop = min(start + block, length)
-    first = 0 if config.window is None else max(0, start - config.window + 1)
-    index = jnp.arange(first, stop)[None]
-    mask = visible(index[:, start - first :], index, config.window)
-    if segment_ids is not None:
-      mask = mask & (segment_ids[:, start:stop, None] == segment_ids[:, None, first:stop])
-    outs.append(attend(q[:, start:stop], k[:, :, first:stop], v[:, :, first:stop], mask, config))
-  return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
-
-
 class Attention(nn.Module):
-  """The mixer: projections around ``attend``; see ``jaxdec.mixers.base`` for the four calls."""
+  """The mixer: projections around two ops; see ``jaxdec.mixers.base`` for the four calls."""
 
   config: AttentionConfig
   dim: int
@@ -199,7 +159,14 @@ class Attention(nn.Module):
 
   def __call__(self, x, positions, segment_ids=None):
     q, k, v = self._project(x, positions)
-    return self._output(causal_attention(q, k, v, segment_ids, self.config), x)
+    c = self.config
+    # Order goes by index, not by position, since packed documents restart their positions; inside a
+    # segment the differences are the same.
+    out = block_sparse_attention(
+      q, k, v, None,
+      segment_ids=segment_ids, window=c.window, logit_cap=c.logit_cap, scale=c.scale,
+    )  # fmt: skip
+    return self._output(out, x)
 
   def init_state(self, batch, capacity, dtype=None):
     c = self.config
