@@ -51,7 +51,7 @@ def cost(spec: Spec) -> Cost:
 
 
 def inner_loops(spec: Spec, chip: Chip) -> tuple[Inner, ...]:
-  """The loops over groups of 8 tokens; no matrix products in them."""
+  """The loops over groups of 8 tokens (a single group is no loop); no matrix products in them."""
   from pallas_kernels.selective_scan._common import TPUConfig
   from pallas_kernels.selective_scan._tpu_kernels import GROUP
   from pallas_kernels.selective_scan.mosaic_tpu import tiles
@@ -59,6 +59,8 @@ def inner_loops(spec: Spec, chip: Chip) -> tuple[Inner, ...]:
   B, T, D, S = (spec.sizes[x] for x in "BTDS")
   config = TPUConfig()
   block_t = min(config.block_t, -(-T // GROUP) * GROUP)
+  if block_t == GROUP:
+    return ()
   groups = B * -(-T // block_t) * (block_t // GROUP)
   padded = -(-D // 128) * 128
   forward, backward = tiles(config, D, S, config.block_t)
@@ -69,7 +71,7 @@ def inner_loops(spec: Spec, chip: Chip) -> tuple[Inner, ...]:
     return Inner(kernel, path, unit, units, 0, groups * padded // tile, backward)
 
   return (
-    loop("selective_scan_fwd", (0, 0), forward, False),
-    loop("selective_scan_bwd", (0, 0), backward, True),
-    loop("selective_scan_bwd", (0, 1), backward, True),
+    loop("selective_scan_fwd", (0, -1), forward, False),
+    loop("selective_scan_bwd", (0, -2), backward, True),
+    loop("selective_scan_bwd", (0, -1), backward, True),
   )

@@ -170,9 +170,11 @@ def _forward(rules: Rules, q, k_cache, v_cache, length, k_nodes, v_nodes, words,
     return full, pl.BlockSpec((1, 1, *shape), index)
 
   (out_shape, out_spec), (lse_shape, lse_spec) = out(width), out(1)
+  # Of two cores that share a grid each takes half of its first parallel axis that has two steps.
+  chained = b > 1 or _tpu.chip().name not in ("v4", "v5p")
   kernel = functools.partial(
     _kernel, rules=rules, tile=tile, slots=slots, transposed=transposed,
-    windowed=position is not None, with_nodes=words is not None,
+    windowed=position is not None, with_nodes=words is not None, chained=chained,
   )  # fmt: skip
   acc, lse = _tpu.call(
     kernel,
@@ -195,7 +197,7 @@ def _forward(rules: Rules, q, k_cache, v_cache, length, k_nodes, v_nodes, words,
         pltpu.SemaphoreType.DMA((2, 2)),
       ],
     ),
-    dimension_semantics=("parallel", "parallel", "parallel"),
+    dimension_semantics=("parallel", *(["arbitrary" if chained else "parallel"] * 2)),
     flops=2 * b * heads * rows * (slots + m) * (h + width),
     bytes_accessed=sum(x.size * x.dtype.itemsize for x in operands) + 4 * q.size,
     transcendentals=b * heads * rows * (slots + m),
@@ -217,7 +219,7 @@ def _partial_sum(p):
 
 def _kernel(
   bounds, q_ref, k_hbm, v_hbm, *refs, rules: Rules, tile: int, slots: int, transposed: bool,
-  windowed: bool, with_nodes: bool,
+  windowed: bool, with_nodes: bool, chained: bool,
 ):  # fmt: skip
   refs = list(refs)
   position_ref = refs.pop(0) if windowed else None
@@ -239,18 +241,25 @@ def _kernel(
     # The last tile of a capacity that is no multiple of the tile begins inside the one before.
     return pl.multiple_of(jnp.minimum(i * tile, slots - tile), 16)
 
-  def copies(i):
+  # Steps of a row follow each other on one core: a step's last fetch is the next step's first tile,
+  # so a row waits for memory once and not once a head. Buffers alternate over all its tiles.
+  count, tiles_of_rows = end - first, pl.num_programs(2)
+  done = (head * tiles_of_rows + pl.program_id(2)) if chained else 0
+
+  def side(i):
+    return jax.lax.rem(done * count + i - first, 2)
+
+  def copies(i, head, side):
     at = pl.ds(start_of(i), tile)
-    side = jax.lax.rem(i, 2)
     return [
       pltpu.make_async_copy(hbm.at[row, head, at], buffer.at[side], semaphores.at[side, which])
       for which, (hbm, buffer) in enumerate(((k_hbm, k_buffer), (v_hbm, v_buffer)))
     ]
 
-  def fetch(i):
-    @pl.when(i < end)
+  def fetch(when, i, head, side):
+    @pl.when(when)
     def _():
-      for copy in copies(i):
+      for copy in copies(i, head, side):
         copy.start()
 
   def update(k, v, mask=None):
@@ -280,20 +289,23 @@ def _kernel(
     acc_ref[...] = acc_ref[...] * keep + gained
 
   def walk(masked, i, carry):
-    fetch(i + 1)
-    for copy in copies(i):
+    now, mask = side(i), None
+    fetch(i + 1 < end, i + 1, head, 1 - now)
+    if chained:
+      more = (i + 1 == end) & (done + 1 < pl.num_programs(1) * tiles_of_rows)
+      fetch(more, first, jax.lax.div(done + 1, tiles_of_rows), 1 - now)
+    for copy in copies(i, head, now):
       copy.wait()
-    side, mask = jax.lax.rem(i, 2), None
     if masked:
       shape = (tile, q.shape[0]) if transposed else (q.shape[0], tile)
       slot = start_of(i) + jax.lax.broadcasted_iota(jnp.int32, shape, key_axis)
       mask = (slot >= i * tile) & (slot < length)
       if windowed:
         mask = mask & (position_ref[0] - slot < rules.window)
-    update(k_buffer[side], v_buffer[side], mask)
+    update(k_buffer[now], v_buffer[now], mask)
     return carry
 
-  fetch(first)
+  fetch((first < end) & (done == 0), first, head, 0)
   top_ref[...] = jnp.full_like(top_ref, _FLOOR)
   total_ref[...] = jnp.zeros_like(total_ref)
   acc_ref[...] = jnp.zeros_like(acc_ref)
