@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import _tpu
 from pallas_kernels._chunks import sum_before, sum_from
 from pallas_kernels.delta_rule import _chunk
-from pallas_kernels.delta_rule._tpu_forward import forward_products, prepare
+from pallas_kernels.delta_rule._tpu_forward import prepare
 from pallas_kernels.delta_rule._tpu_layout import (
   ROWS,
   Layout,
@@ -28,7 +28,7 @@ from pallas_kernels.delta_rule._tpu_layout import (
 def _kernel(layout: Layout, counts, *refs):
   rows_ref, q_ref, k_ref, v_ref, *refs = refs
   g_ref = refs.pop(0) if layout.channel else None
-  saved_ref, d_out_ref, d_last_ref, dq_ref, dk_ref, dv_ref, d_rows_ref, *refs = refs
+  saved_ref, inverse_ref, d_out_ref, d_last_ref, dq_ref, dk_ref, dv_ref, d_rows_ref, *refs = refs
   dg_ref = refs.pop(0) if layout.channel else None
   (d_state_ref,) = refs
 
@@ -38,7 +38,7 @@ def _kernel(layout: Layout, counts, *refs):
 
   heads, chunks = range(layout.each), range(layout.group)
   tiles = (q_ref, k_ref, v_ref)
-  inputs, parts = prepare(layout, counts, tiles, rows_ref, g_ref)
+  inputs, parts = prepare(layout, counts, tiles, rows_ref, g_ref, inverse_ref)
 
   walked = [None] * layout.group  # (states before, writes) of every chunk, per head
   states = [saved_ref[head] for head in heads]
@@ -85,7 +85,7 @@ def _kernel(layout: Layout, counts, *refs):
     d_state_ref[head] = d_states[head]
 
 
-def backward(layout: Layout, q, k, v, beta, g, saved, d_out, d_last):
+def backward(layout: Layout, q, k, v, beta, g, saved, inverses, d_out, d_last):
   """Gradients of q, k, v, beta, the log-decays and the initial state."""
   b, t, n = q.shape[0], q.shape[1], layout.heads
   inputs = (q, k, v)
@@ -97,9 +97,10 @@ def backward(layout: Layout, q, k, v, beta, g, saved, d_out, d_last):
   if layout.channel:
     arrays.append(to_kernel(g))
     specs.append(layout.spec(n, layout.h, reverse=True))
-  arrays += [saved, to_kernel(d_out), d_last]
+  arrays += [saved, inverses, to_kernel(d_out), d_last]
   specs += [
     layout.saved(reverse=True),
+    layout.inverses(reverse=True),
     layout.spec(n, layout.width, reverse=True),
     layout.state(),
   ]
@@ -157,10 +158,10 @@ def backward(layout: Layout, q, k, v, beta, g, saved, d_out, d_last):
 
 
 def backward_products(layout: Layout) -> int:
-  """Multiply-adds of one head's chunk, as executed: the forward's without outputs, and these."""
+  """Multiply-adds of one head's chunk, as executed: prepared and walked again, then back."""
   c, h, width = layout.chunk, layout.h, layout.width
-  again = forward_products(layout) - c * h * width - c * c * width
-  walk = 3 * c * h * width + 2 * c * c * width
   levels = c.bit_length() - 1 if layout.channel else 1
+  again = c * c * (h * levels + h + width) + 2 * c * h * width
+  back = 2 * c * c * width + 3 * c * h * width
   rest = 2 * c * c * width + 3 * c * h * width + 4 * c * c * h * levels
-  return again + walk + rest
+  return again + back + rest

@@ -23,8 +23,11 @@ from pallas_kernels.delta_rule._tpu_layout import (
 )
 
 
-def prepare(layout: Layout, counts, refs, rows_ref, g_ref):
-  """Tiles and state-independent parts of a step, each ``[head][chunk]``."""
+def prepare(layout: Layout, counts, refs, rows_ref, g_ref, inverse_ref=None):
+  """Tiles and state-independent parts of a step, each ``[head][chunk]``.
+
+  With ``inverse_ref`` the inverses are read, not computed.
+  """
   heads, chunks = range(layout.each), range(layout.group)
   widths = (layout.h, layout.h, layout.width)
   tiles = []
@@ -39,10 +42,21 @@ def prepare(layout: Layout, counts, refs, rows_ref, g_ref):
       beta = columns[:, chunk : chunk + 1]
       decay = layout.decays(rows, columns, g_ref, head, chunk)
       tiles.append(_chunk.Tiles(q, k, v, beta, decay))
+
+  def saved(_):  # the systems aren't needed then, and the compiler drops them
+    return [inverse_ref[index] for index in inverse_places(layout)]
+
   invert = functools.partial(_inverse.on_lanes, dot=layout.exact)
-  parts = _chunk.prepare(tiles, layout.dot, invert)
+  parts = _chunk.prepare(tiles, layout.dot, invert if inverse_ref is None else saved)
   n = layout.group
   return tuple([x[head * n : (head + 1) * n] for head in heads] for x in (tiles, parts))
+
+
+def inverse_places(layout: Layout):
+  """Where the inverse of each (head, chunk) of a step is in its block."""
+  for head in range(layout.each):
+    for chunk in range(layout.group):
+      yield head, slice(chunk * layout.chunk, (chunk + 1) * layout.chunk)
 
 
 def _kernel(layout: Layout, counts, save: bool, *refs):
@@ -54,10 +68,13 @@ def _kernel(layout: Layout, counts, save: bool, *refs):
   def _():
     state_ref[...] = initial_ref[...]
 
-  if save:
-    saved[0][...] = state_ref[...]
   tiles = (q_ref, k_ref, v_ref)
   _, parts = prepare(layout, counts, tiles, rows_ref, g_ref)
+  if save:
+    start_ref, inverse_ref = saved
+    start_ref[...] = state_ref[...]
+    for index, part in zip(inverse_places(layout), (x for head in parts for x in head)):
+      inverse_ref[index] = part.inverse.astype(inverse_ref.dtype)
   states = [state_ref[head] for head in range(layout.each)]
   for chunk in range(layout.group):
     now = [part[chunk] for part in parts]
@@ -72,7 +89,11 @@ def _kernel(layout: Layout, counts, save: bool, *refs):
 
 
 def forward(layout: Layout, q, k, v, beta, g, state, *, save: bool):
-  """Outputs, the last state and, if ``save``, the state before every step."""
+  """Outputs, the last state and, if ``save``, what the gradients need.
+
+  That is the state before every step, and the inverses: reading them takes the memory and time of
+  one more input, and computing them is a third of the work of the gradients.
+  """
   b, t, n = q.shape[0], q.shape[1], layout.heads
   counts = (q.shape[2], k.shape[2], v.shape[2])
   arrays = [token_rows(layout, beta, g), *(to_kernel(x) for x in (q, k, v))]
@@ -89,8 +110,10 @@ def forward(layout: Layout, q, k, v, beta, g, state, *, save: bool):
   ]
   out_specs = [layout.spec(n, layout.width), layout.state()]
   if save:
-    shapes.append(jax.ShapeDtypeStruct((b, n, layout.steps, layout.h, layout.width), jnp.float32))
-    out_specs.append(layout.saved())
+    starts = (b, n, layout.steps, layout.h, layout.width)
+    shapes.append(jax.ShapeDtypeStruct(starts, jnp.float32))
+    shapes.append(jax.ShapeDtypeStruct((b, n, t, layout.chunk), layout.dtype))
+    out_specs += [layout.saved(), layout.inverses()]
   out, last, *saved = _tpu.call(
     functools.partial(_kernel, layout, counts, save),
     name="delta_rule_forward",

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Delta rule on TPUs: chunks in WY form on the matrix units, the state on the core, own gradients.
 
-The forward kernel keeps the state before every step of a few chunks; the backward kernel walks the
-steps from the end, forms the states of a step's chunks again, and carries the state's gradient.
+The forward kernel keeps the state before every step of a few chunks, and the inverses of all
+triangular systems; the backward kernel walks the steps from the end, forms the states of a step's
+chunks again, and carries the state's gradient.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ def _delta(layout, q, k, v, beta, g, state):
 
 
 def _delta_forward(layout, q, k, v, beta, g, state):
-  out, last, saved = forward(layout, q, k, v, beta, g, state, save=True)
-  return (out, last), (q, k, v, beta, g, saved)
+  out, last, *saved = forward(layout, q, k, v, beta, g, state, save=True)
+  return (out, last), (q, k, v, beta, g, *saved)
 
 
 def _delta_backward(layout, saved, cotangents):
