@@ -93,8 +93,9 @@ def call_trips(spec: Spec, chip: Chip, density: float = 1.0) -> tuple[Trips, Tri
   plan = plan_of(spec, chip)
   rows, columns = causal_counts(spec, density)
   with _dispatch.target("tpu", generation=chip.name):
-    _, of_forward = plan.forward_steps(spec.T, spec.H, spec.H)
-    _, of_backward = plan.backward_steps(spec.T, spec.H, spec.H)
+    sizes = spec.T, spec.T, spec.H, spec.H, spec.dtype
+    of_forward = plan.forward_layout(*sizes).rows
+    of_backward = plan.backward_layout(*sizes).rows
   return (
     count_trips(*rows, per_trip=plan.forward_tiles, rows_per_step=of_forward),
     count_trips(*columns, per_trip=plan.backward_tiles, rows_per_step=of_backward),
@@ -102,12 +103,12 @@ def call_trips(spec: Spec, chip: Chip, density: float = 1.0) -> tuple[Trips, Tri
 
 
 def inner_loops(spec: Spec, chip: Chip) -> tuple[Inner, ...]:
-  """The two loops over tiles of each kernel, for the dense causal pattern of the spec's block."""
+  """The two loops over tiles of each kernel; causal, with the spec's density."""
   plan = plan_of(spec, chip)
   made = []
   of_each = zip(
     (FORWARD, BACKWARD), (2, 5), (plan.forward_tiles, plan.backward_tiles),
-    call_trips(spec, chip),
+    call_trips(spec, chip, spec.options.get("density", 1.0)),
   )  # fmt: skip
   for kernel, products, per_trip, trips in of_each:
     first = (1 if kernel == BACKWARD else 0) + (1 if trips.rows > trips.steps else 0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +66,15 @@ class TPUConfig:
         )
 
 
+class Layout(NamedTuple):
+  """Grid steps and rows of the lists in each; ranges and blocks in each that stay in VMEM."""
+
+  steps: int
+  rows: int
+  ranges: int
+  blocks: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
   """Everything static about a call."""
@@ -83,38 +92,38 @@ class Plan:
   def backward_tiles(self) -> int:
     return self.config.backward_tiles_per_trip or max(_QUERIES_PER_TRIP // self.rule.block_q, 1)
 
-  @property
-  def resident_bytes(self) -> int:
-    return self.config.resident_bytes or _tpu.chip().vmem_bytes // 2
+  def forward_layout(self, T: int, S: int, H: int, Hv: int, dtype: Any) -> Layout:
+    """Query blocks pass, K and V stay."""
+    size, rule = jnp.dtype(dtype).itemsize, self.rule
+    passing = rule.block_q * (2 * size * H + 12 * Hv)  # q, out and its sum
+    staying = rule.block_kv * 2 * size * (H + Hv)
+    return self._layout(rule.block_q, T, passing, rule.block_kv, S, staying, size)
 
-  def ranges(self, blocks: int, block_bytes: int) -> tuple[int, int]:
-    """Into how many ranges of how many blocks to cut what is to stay in VMEM."""
-    fit = max(self.resident_bytes // (2 * block_bytes), 1)  # twice: the next one is being copied
+  def backward_layout(self, T: int, S: int, H: int, Hv: int, dtype: Any) -> Layout:
+    """Key blocks pass; queries, cotangents and dq stay."""
+    size, rule = jnp.dtype(dtype).itemsize, self.rule
+    passing = rule.block_kv * (2 * size * (2 * H + Hv) + 12 * (H + Hv))
+    staying = rule.block_q * 2 * (size * (H + Hv) + 4 * H)
+    return self._layout(rule.block_kv, S, passing, rule.block_q, T, staying, size)
+
+  def _layout(self, row, row_tokens, passing, block, block_tokens, staying, size) -> Layout:
+    """``passing``, ``staying``: VMEM of a row and of a block, with the copy under way."""
+    rows, blocks = -(-row_tokens // row), -(-block_tokens // block)
+    vmem = _tpu.chip().vmem_bytes * 7 // 8
+    c = self.config.rows_per_step or min(_TOKENS_PER_STEP // row, vmem // 4 // passing)
+    c = max(min(c, rows, MAX_ROWS - 1), 1)
+    # A tile of logits is held several times over: seen in the compiler's placement of spills.
+    tiles = max(self.forward_tiles, self.backward_tiles) * row * block * (12 if size < 4 else 28)
+    free = vmem - c * passing - tiles
+    if free < staying:
+      raise Unsupported(
+        f"block_sparse_attention: mosaic_tpu needs {c * passing + tiles + staying} bytes of VMEM "
+        f"for blocks of {self.rule.block_q} x {self.rule.block_kv} and the compiler has {vmem} on "
+        f"{_tpu.chip().name}; use smaller blocks or implementation='xla'."
+      )
+    fit = max(min(self.config.resident_bytes or vmem // 2, free) // staying, 1)
     ranges = -(-blocks // fit)
-    return ranges, -(-blocks // ranges)
-
-  def forward_ranges(self, S: int, H: int, Hv: int, dtype: Any) -> tuple[int, int]:
-    block = self.rule.block_kv
-    return self.ranges(-(-S // block), block * (H + Hv) * jnp.dtype(dtype).itemsize)
-
-  def backward_ranges(self, T: int, H: int, Hv: int, dtype: Any) -> tuple[int, int]:
-    block = self.rule.block_q
-    return self.ranges(-(-T // block), block * ((H + Hv) * jnp.dtype(dtype).itemsize + H * 4))
-
-  def steps(self, rows: int, block: int, width: int) -> tuple[int, int]:
-    """Grid steps and rows of each; ``width``: bytes a token takes in copies and sums."""
-    tokens = min(_TOKENS_PER_STEP, _tpu.chip().vmem_bytes // 4 // width)
-    most = self.config.rows_per_step or tokens // block
-    c = max(min(most, rows, MAX_ROWS - 1), 1)
-    return -(-rows // c), c
-
-  def forward_steps(self, T: int, H: int, Hv: int) -> tuple[int, int]:
-    block = self.rule.block_q
-    return self.steps(-(-T // block), block, 2 * 4 * H + 3 * 4 * Hv)
-
-  def backward_steps(self, S: int, H: int, Hv: int) -> tuple[int, int]:
-    block = self.rule.block_kv
-    return self.steps(-(-S // block), block, 7 * 4 * H + 5 * 4 * Hv)
+    return Layout(-(-rows // c), c, ranges, -(-blocks // ranges))
 
 
 def block_sparse_attention(
@@ -166,12 +175,12 @@ def _check(q: jax.Array, k: jax.Array, v: jax.Array, plan: Plan) -> None:
         f"block_sparse_attention: mosaic_tpu takes blocks of a multiple of {_tpu.LANES} tokens up "
         f"to {_LARGEST}, got {name}={size}; use such blocks or implementation='xla'."
       )
-  ranges, _ = plan.forward_ranges(k.shape[1], k.shape[-1], v.shape[-1], dtype)
-  if plan.block_max and ranges > 1:
+  sizes = q.shape[1], k.shape[1], k.shape[3], v.shape[3], dtype
+  plan.backward_layout(*sizes)
+  if plan.block_max and plan.forward_layout(*sizes).ranges > 1:
     raise Unsupported(
-      "block_sparse_attention: mosaic_tpu gives block_max where K and V of a head fit in "
-      f"{plan.resident_bytes} bytes of VMEM twice, and {k.shape[1]} keys don't; raise "
-      "TPUConfig.resident_bytes or use implementation='xla'."
+      "block_sparse_attention: mosaic_tpu gives block_max where K and V of a head stay in VMEM "
+      f"and {k.shape[1]} keys don't; raise TPUConfig.resident_bytes or use implementation='xla'."
     )
 
 
@@ -184,8 +193,7 @@ def _forward(plan: Plan, q, k, v, lists: tuple[Lists, Lists], ids):
   rule, dtype = plan.rule, jnp.result_type(q, k, v)
   B, T, N, _ = q.shape
   S, H, Hv = k.shape[1], k.shape[3], v.shape[3]
-  R, X = plan.forward_ranges(S, H, Hv, dtype)
-  Y, c = plan.forward_steps(T, H, Hv)
+  Y, c, R, X = plan.forward_layout(T, S, H, Hv, dtype)
   scaled = (q.astype(jnp.float32) * rule.query_scale).astype(dtype)
   out, lse, peak = forward(
     _jobs(lists[0], R, X, c, Y, plan.forward_tiles, filler=c),
@@ -225,8 +233,7 @@ def _backward(plan: Plan, saved, cotangents):
   rule, dtype = plan.rule, jnp.result_type(q, k, v)
   B, T, N, H = q.shape
   S, K, Hv = k.shape[1], k.shape[2], v.shape[-1]
-  R, X = plan.backward_ranges(T, H, Hv, dtype)
-  Y, c = plan.backward_steps(S, H, Hv)
+  Y, c, R, X = plan.backward_layout(T, S, H, Hv, dtype)
   scaled = (q.astype(jnp.float32) * rule.query_scale).astype(dtype)
   some = lse > -jnp.inf
   di = jnp.einsum("btnh,btnh->bnt", dout.astype(jnp.float32), out.astype(jnp.float32))
