@@ -41,6 +41,7 @@ from pallas_kernels.linear_attention._tpu_layout import (
   to_kernel,
 )
 
+BACKWARD_WIDTH = {"none": 2, "scalar": 2, "channel": 1}  # chunks the compiler overlaps
 _SUMS = 3  # numbers a token for the gradient of a scalar log-decay
 
 
@@ -124,13 +125,19 @@ def _kernel(layout: Layout, shared: tuple[int, int, int], *refs):
   def _():
     d_state_ref[r] = d_final_ref[...]
 
-  here = [pl.ds(c * layout.chunk, layout.chunk) for c in range(m)]
   decays = chunk_decays(layout, decay_ref)
-  state = jnp.where(step == layout.steps - 1, initial_ref[...], saved_ref[...])
-  for c in range(m):
-    states_ref[c] = state
-    if c < m - 1:
-      state = next_state(layout, decays(c), state, k_ref[here[c], :], v_ref[here[c], :])
+
+  def tokens(ref, c):
+    return ref[layout.rows(c), :]
+
+  def recompute(chunks, state):
+    for c in chunks:
+      states_ref[c] = state
+      state = next_state(layout, decays(c), state, tokens(k_ref, c), tokens(v_ref, c))
+    return state
+
+  first = jnp.where(step == layout.steps - 1, initial_ref[...], saved_ref[...])
+  layout.walk(1, recompute, first)
 
   # Heads that share an array add up, in float32, in `sum_refs`; the last of them writes the sum.
   inputs, outputs = (q_ref, k_ref, v_ref, d_out_ref), []
@@ -138,29 +145,30 @@ def _kernel(layout: Layout, shared: tuple[int, int, int], *refs):
   for ref, heads in zip((dq_ref, dk_ref, dv_ref), shared):
     outputs.append((ref, next(sum_refs) if heads > 1 else None, heads))
 
-  d_state = d_state_ref[r]
   sums = {}
-  for group in reversed(layout.abreast(2)):  # see the forward kernel for this order
-    order, inside, d_states = list(reversed(group)), {}, {}
-    for c in order:
-      inside[c] = _inside(layout, decays(c), *(ref[here[c], :] for ref in inputs))
-    for c in order:
-      d_states[c] = d_state
+
+  def some(chunks, d_state):  # see the forward kernel for this order
+    inside = [_inside(layout, decays(c), *(tokens(ref, c) for ref in inputs)) for c in chunks]
+    d_states = []
+    for c, x in zip(chunks, inside):
+      d_states.append(d_state)
       factor = 1.0 if layout.decay == "none" else decays(c).state
-      d_state = factor * d_state + inside[c].d_read
-    for c in order:
-      tokens = (ref[here[c], :] for ref in inputs)
-      *gradients, sums[c] = _across(
-        layout, decays(c), inside[c], states_ref[c], d_states[c], *tokens
-      )
-      for (ref, sum_ref, heads), x in zip(outputs, gradients):
+      d_state = factor * d_state + x.d_read
+    for c, x, after in zip(chunks, inside, d_states):
+      arrays = (tokens(ref, c) for ref in inputs)
+      *gradients, dg = _across(layout, decays(c), x, states_ref[c], after, *arrays)
+      for (ref, sum_ref, heads), d in zip(outputs, gradients):
         if sum_ref is not None:
-          first = jax.lax.rem(r, heads) == 0
-          x = jnp.where(first, x, x + sum_ref[here[c], :])
-          sum_ref[here[c], :] = x
-        ref[here[c], :] = x.astype(ref.dtype)
+          d = jnp.where(jax.lax.rem(r, heads) == 0, d, d + tokens(sum_ref, c))
+          sum_ref[layout.rows(c), :] = d
+        ref[layout.rows(c), :] = d.astype(ref.dtype)
       if layout.decay == "channel":
-        dg_ref[here[c], :] = sums[c]
+        dg_ref[layout.rows(c), :] = dg
+      elif layout.decay == "scalar":
+        sums[c] = dg
+    return d_state
+
+  d_state = layout.walk(BACKWARD_WIDTH[layout.decay], some, d_state_ref[r], reverse=True)
   d_state_ref[r] = d_state
   if layout.decay == "scalar":
     dg_ref[...] = jnp.concatenate(

@@ -19,6 +19,8 @@ from pallas_kernels.linear_attention._tpu_layout import (
   to_kernel,
 )
 
+FORWARD_WIDTH = {"none": 4, "scalar": 4, "channel": 1}  # chunks the compiler overlaps
+
 
 def scores(layout: Layout, decay, q, k):
   """A ``[C,C]``, with the scale: ``scale * q_i k_j exp(G_i - G_j)`` for i >= j, else 0."""
@@ -56,23 +58,29 @@ def _kernel(layout: Layout, save: bool, *refs):
   def _():
     state_ref[r] = initial_ref[...]
 
-  state = state_ref[r]
   decays = chunk_decays(layout, decay_ref)
-  here = [pl.ds(c * layout.chunk, layout.chunk) for c in range(layout.chunks)]
+
+  def tokens(ref, c):
+    return ref[layout.rows(c), :]
+
   # The compiler overlaps best what is next to each other in program order: so what needs no state
   # comes first for a few chunks, then their states, then what reads the states.
-  for group in layout.abreast():
-    inside, states = {}, {}
-    for c in group:
-      inside[c] = scores(layout, decays(c), q_ref[here[c], :], k_ref[here[c], :])
-      inside[c] = inside[c].astype(layout.dtype)
-    for c in group:
-      states[c] = state.astype(layout.dtype)
-      state = next_state(layout, decays(c), state, k_ref[here[c], :], v_ref[here[c], :])
-    for c in group:
-      reading = entering(layout, decays(c), q_ref[here[c], :]).astype(layout.dtype)
-      out = layout.dot(inside[c], v_ref[here[c], :]) + layout.dot(reading, states[c])
-      out_ref[here[c], :] = out.astype(out_ref.dtype)
+  def some(chunks, state):
+    inside = [
+      scores(layout, decays(c), tokens(q_ref, c), tokens(k_ref, c)).astype(layout.dtype)
+      for c in chunks
+    ]
+    states = []
+    for c in chunks:
+      states.append(state.astype(layout.dtype))
+      state = next_state(layout, decays(c), state, tokens(k_ref, c), tokens(v_ref, c))
+    for c, a, before in zip(chunks, inside, states):
+      reading = entering(layout, decays(c), tokens(q_ref, c)).astype(layout.dtype)
+      out = layout.dot(a, tokens(v_ref, c)) + layout.dot(reading, before)
+      out_ref[layout.rows(c), :] = out.astype(out_ref.dtype)
+    return state
+
+  state = layout.walk(FORWARD_WIDTH[layout.decay], some, state_ref[r])
   state_ref[r] = state
   if save:
     states_ref[...] = state

@@ -62,10 +62,34 @@ class Layout:
     """Of prefix sums of scalar log-decays; see ``decay_rows``."""
     return 2 if self.dtype.itemsize >= 4 else 1
 
-  def abreast(self, width: int = 4) -> list[range]:
-    """The chunks of a step in groups that the compiler may overlap."""
+  def walk(self, width: int, body: Callable, carry, reverse: bool = False):
+    """``carry = body(chunks, carry)`` over the chunks of a step, ``width`` at a time.
+
+    The compiler overlaps what it sees at once, so all of it is unrolled; with channel decay, whose
+    chunks are long programs, it is a loop.
+    """
+    if self.decay == "channel":
+      width = math.gcd(width, self.chunks)
     starts = range(0, self.chunks, width)
-    return [range(start, min(start + width, self.chunks)) for start in starts]
+
+    def some(first, carry):
+      chunks = [first + i for i in range(min(width, self.chunks))]
+      if self.decay != "channel":
+        chunks = [c for c in chunks if c < self.chunks]
+      return body(chunks[::-1] if reverse else chunks, carry)
+
+    if self.decay != "channel":
+      for first in reversed(starts) if reverse else starts:
+        carry = some(first, carry)
+      return carry
+    trips = len(starts)
+    return jax.lax.fori_loop(
+      0, trips, lambda i, x: some((trips - 1 - i if reverse else i) * width, x), carry
+    )
+
+  def rows(self, c) -> pl.Slice:
+    """The tokens of chunk ``c`` of a step."""
+    return pl.ds(c * self.chunk, self.chunk)
 
   def shared(self, heads: int) -> int:
     """How many heads in a row of a group use one head of an array that has ``heads``."""
@@ -155,7 +179,7 @@ def chunk_decays(layout: Layout, ref) -> Callable[[int], Scalar | ChannelDecay |
   if layout.decay == "none":
     return lambda index: None
   if layout.decay == "channel":
-    return lambda index: channel_decay(ref[index * c : (index + 1) * c, :])
+    return lambda index: channel_decay(ref[layout.rows(index), :])
   rows = ref[...]  # [parts*m,C]
   columns = rows.T
 

@@ -13,7 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._dispatch import require_tpu
+from pallas_kernels._dispatch import Unsupported, require_tpu
 from pallas_kernels._tpu import LANES, chip
 from pallas_kernels.linear_attention import xla
 from pallas_kernels.linear_attention._configs import TPUConfig
@@ -43,18 +43,60 @@ def linear_attention(q, k, v, g, state, *, scale, chunk_size=None, config=None):
   return out[:, :t].astype(q.dtype), final
 
 
-def chunks_of(t: int, chunk_size: int | None, config: TPUConfig | None) -> tuple[int, int, int]:
-  """Tokens a chunk (128, the width of registers), chunks a step, and steps, for T tokens."""
-  chunk = min(max(chunk_size or LANES, _SMALLEST_CHUNK), max(power_of_two(t), _SMALLEST_CHUNK))
+def chunks_of(
+  t: int, h: int, width: int, decay: str, dtype, chunk_size: int | None = None,
+  config: TPUConfig | None = None,
+) -> tuple[int, int, int]:  # fmt: skip
+  """Tokens a chunk, chunks a step, and steps, for T tokens.
+
+  A chunk is 128 tokens, the width of registers, and a step 8 chunks, or as many as fit on the core;
+  64 tokens where one chunk of 128 doesn't.
+  """
+
+  def bounded(c: int) -> int:
+    return min(max(c, _SMALLEST_CHUNK), max(power_of_two(t), _SMALLEST_CHUNK))
+
+  choices = [bounded(c) for c in ((chunk_size,) if chunk_size else (LANES, LANES // 2))]
+  if config is not None:
+    chunk, most = choices[0], config.chunks_per_step
+  else:
+    room = _limit() * 4 // 5  # for the estimate is one
+    sizes = [(c, m) for c in choices for m in (8, 4, 2, 1)]
+    fits = [x for x in sizes if _vmem(*x, h, width, decay, dtype) <= room]
+    if not fits:
+      raise Unsupported(
+        f"linear_attention: chunks of {choices[-1]} with H={h} and Hv={width} don't fit in the "
+        f"{_limit() // _MIB} MiB of a {chip().name} core; use a smaller chunk_size or "
+        "implementation='xla'."
+      )
+    chunk, most = fits[0]
   chunks = -(-t // chunk)
-  steps = -(-chunks // (config or TPUConfig()).chunks_per_step)
+  steps = -(-chunks // most)
   return chunk, -(-chunks // steps), steps  # at most steps - 1 chunks of padding
+
+
+def _limit() -> int:
+  return min(chip().vmem_bytes * 7 // 8, 96 * _MIB)
+
+
+def _vmem(chunk: int, chunks: int, h: int, width: int, decay: str, dtype) -> int:
+  """About what the backward kernel needs: blocks (in two copies), states, and values of a chunk."""
+  h, width = (-(-x // LANES) * LANES for x in (h, width))
+  tokens = chunk * chunks
+  blocks = 2 * tokens * jnp.dtype(dtype).itemsize * (4 * h + 3 * width)
+  if decay == "channel":
+    blocks += 2 * tokens * 4 * 2 * h
+  states = 4 * h * width * (2 * 4 + 1 + chunks)
+  values = 4 * chunk * (h + width) * (12 if decay == "channel" else 6)
+  return blocks + states + values
 
 
 def _layout(q, k, v, g, state, scale, chunk_size, config, interpret) -> Layout:
   b, t, _, h = q.shape
   heads, width = state.shape[1], v.shape[3]
-  chunk, per_step, steps = chunks_of(t, chunk_size, config)
+  decay = "none" if g is None else "scalar" if g.ndim == 3 else "channel"
+  dtype = jnp.dtype(jnp.result_type(q, k, v))
+  chunk, per_step, steps = chunks_of(t, h, width, decay, dtype, chunk_size, config)
   on = chip()
   counts = [x.shape[2] for x in (q, k, v)]
   together = heads // functools.reduce(math.gcd, counts)
@@ -70,11 +112,11 @@ def _layout(q, k, v, g, state, scale, chunk_size, config, interpret) -> Layout:
     steps=steps,
     h=h,
     width=width,
-    decay="none" if g is None else "scalar" if g.ndim == 3 else "channel",
-    dtype=jnp.dtype(jnp.result_type(q, k, v)),
+    decay=decay,
+    dtype=dtype,
     scale=scale,
     interpret=interpret,
-    vmem_limit_bytes=min(on.vmem_bytes * 3 // 4, 96 * _MIB),
+    vmem_limit_bytes=_limit(),
   )
 
 

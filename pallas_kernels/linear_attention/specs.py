@@ -74,32 +74,37 @@ def cost(spec: Spec) -> Cost:
 
 
 def inner_loops(spec: Spec, chip: Chip) -> tuple[Inner, ...]:
-  """The grid step of each kernel, which unrolls its chunks. Padding of lanes isn't counted."""
-  from pallas_kernels.linear_attention import mosaic_tpu  # the kernels are not needed for shapes
+  """Grid steps, which unroll their chunks; with channel decay the loops over chunks inside them.
 
-  chunk, per_step, steps = mosaic_tpu.chunks_of(spec.T, None, None)
+  Multiply-adds are those of the chunked form, not of the padding of H and Hv to lanes.
+  """
+  from pallas_kernels._dispatch import target
+  from pallas_kernels.linear_attention import mosaic_tpu
+
+  decay = "scalar" if spec.options["decay"] == "fixed" else spec.options["decay"]
   h, width = spec.H, spec.W
+  with target("tpu", generation=chip.name):
+    chunk, per_step, steps = mosaic_tpu.chunks_of(spec.T, h, width, decay, spec.dtype)
   square, state = chunk * chunk, chunk * h * width
-  forward, backward = square * (h + width) + 2 * state, square * (3 * h + 2 * width) + 5 * state
-  if spec.options["decay"] == "channel":  # products by binary splitting
-    levels = int(math.log2(chunk))
-    forward += (levels - 1) * square * h
-    backward += 3 * (levels - 1) * square * h
-  trips = spec.B * _heads(spec) * steps
-  found = []
-  for name, macs in (("forward", forward), ("backward", backward)):
-    found.append(
-      Inner(
-        kernel=f"linear_attention_{name}",
-        loop=(0,),
-        unit="chunk",
-        units_per_trip=per_step,
-        macs_per_trip=per_step * macs,
-        trips=trips,
-        backward=name == "backward",
-      )
+  steps *= spec.B * _heads(spec)
+
+  def inner(kernel, loop, units, macs):
+    name = f"linear_attention_{kernel}"
+    trips = steps * (per_step // units)
+    return Inner(name, loop, "chunk", units, units * macs, trips, kernel == "backward")
+
+  forward, backward = square * (h + width) + 2 * state, square * (3 * h + 2 * width) + 4 * state
+  if decay == "scalar":
+    return (
+      inner("forward", (0,), per_step, forward),
+      inner("backward", (0,), per_step, backward + state),
     )
-  return tuple(found)
+  more = (int(math.log2(chunk)) - 1) * square * h  # products of binary splitting
+  return (
+    inner("forward", (0, 0), 1, forward + more),
+    inner("backward", (0, 0), 1, state),  # the states before each chunk
+    inner("backward", (0, 1), 1, backward + 3 * more),
+  )
 
 
 def _heads(spec: Spec) -> int:
