@@ -333,7 +333,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
   axis.set_yticks(*zip(*ticks), fontsize=7)
   axis.axvline(1.0, color="0.6", linewidth=0.8)
   axis.set_xscale("log")
-  axis.margins(x=0.1)
+  axis.margins(x=0.1, y=0.01)
   axis.invert_yaxis()
   axis.spines[["top", "right"]].set_visible(False)
   axis.set_xlabel("time of forward + backward, ours = 1 (log scale)")

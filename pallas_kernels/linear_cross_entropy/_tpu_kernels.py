@@ -198,11 +198,12 @@ def backward(rules: Rules, *refs, dense: bool, weighted: bool):
 
   @pl.when(local < mine)
   def _():
-    @pl.when(step >= 2)
+    # This buffer's last block must have left it; any block's size serves to wait for it. With one
+    # block of tokens in all, what is fetched now is what the other buffer was sending.
+    @pl.when((token_blocks > 1) & (step >= 2))
     def _():
-      move(slot, token, True).wait()  # what this buffer held two steps ago; any block's size is it
+      move(slot, token, True).wait()
 
-    # With one block of tokens, the one that is fetched is the one just sent.
     @pl.when((token_blocks == 1) & (step >= 1))
     def _():
       move(1 - slot, token, True).wait()

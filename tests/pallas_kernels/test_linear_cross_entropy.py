@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import Unsupported, linear_cross_entropy, target
 from pallas_kernels.linear_cross_entropy import TPUConfig, XLAConfig
@@ -281,6 +283,39 @@ def test_memory_does_not_grow_with_the_vocabulary(kind, options):
   assert large <= 1.02 * small
   assert temp(4 * 4099, "reference") > 3 * temp(4099, "reference")  # what the test would notice
   assert temp(4 * 4099, "reference") > 10 * large
+
+
+@pytest.mark.parametrize("tokens", [100, 300])  # one block of them, which is fetched as it was sent
+def test_two_cores_share_the_vocabulary(tokens):
+  inputs = arrays(tokens, 3 * 128 - 5, 16)  # the second core has a block less
+  labels = inputs.pop("labels")
+
+  with target("tpu", generation="v5p", interpret=True):
+    got = value_and_gradients(
+      lambda **x: linear_cross_entropy(
+        **x, labels=labels, implementation="mosaic_tpu", config=SMALL["mosaic_tpu"]
+      ),
+      inputs,
+    )
+  expected = run(inputs | {"labels": labels}, "reference", config=None)
+  assert_close(got, expected, TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("tokens", [100, 300])
+def test_copies_do_not_race(tokens):
+  inputs = arrays(tokens, 300, 16)
+  labels = inputs.pop("labels")
+  with target("tpu", interpret=pltpu.InterpretParams(detect_races=True)):
+    got = value_and_gradients(
+      lambda **x: linear_cross_entropy(
+        **x, labels=labels, implementation="mosaic_tpu", config=SMALL["mosaic_tpu"]
+      ),
+      inputs,
+    )
+    jax.block_until_ready(got)
+  assert not interpret_pallas_call.races.races_found
+  expected = run(inputs | {"labels": labels}, "reference", config=None)
+  assert_close(got, expected, TOLERANCE["float32"])
 
 
 def test_vocab_block_changes_nothing_but_memory():
