@@ -96,17 +96,18 @@ def analyse(
     NoCompiler: libtpu is missing. ValueError: unknown op, topology or spec.
     Unsupported: the kernel can't run at this shape on this generation; says why.
   """
-  on, module = chip(topology), _specs(op)
-  spec = spec if isinstance(spec, Spec) else _spec(op, spec)
+  _aot.prepare()  # before anything starts a backend: libtpu reads its environment once
+  on, module = chip(topology), specs_of(op)
+  spec = spec if isinstance(spec, Spec) else spec_of(op, spec)
   inner = module.inner_loops(spec, on)
-  f, arguments = _program(op, spec)
+  f, arguments = program(op, spec)
   compiled = _aot.compile_for(on, f, arguments)
-  kernels = [_kernel(s, inner, on, backward=False) for s in _aot.schedules(compiled)]
+  kernels = [kernel_report(s, inner, on, backward=False) for s in _aot.schedules(compiled)]
   if backward:
-    both = _aot.compile_for(on, _with_gradients(f), arguments)
+    both = _aot.compile_for(on, with_gradients(f), arguments)
     forward_names = {_stem(k.name) for k in kernels}
     kernels += [
-      _kernel(s, inner, on, backward=True)
+      kernel_report(s, inner, on, backward=True)
       for s in _aot.schedules(both)
       if _stem(s.name) not in forward_names
     ]
@@ -157,7 +158,7 @@ def splash(spec: Spec, on: Chip, *, backward: bool = True) -> tuple[KernelReport
   def read(program, backward, products):
     found = _aot.schedules(_aot.compile_for(on, program, x, x, x))
     inner = [Inner("splash", (0,), "query block x key block", 1, macs * products // 2, tiles)]
-    return [_kernel(s, inner, on, backward=backward) for s in found]
+    return [kernel_report(s, inner, on, backward=backward) for s in found]
 
   reports = read(f, False, 2)
   if backward:
@@ -171,14 +172,16 @@ _AGAINST: dict[str, dict[str, Callable[..., tuple[KernelReport, ...]]]] = {
 }
 
 
-def _specs(op: str) -> Any:
+def specs_of(op: str) -> Any:
+  """The ``specs`` module of an op."""
   if op not in OPS:
     raise ValueError(f"unknown op {op!r}; use one of {', '.join(OPS)}.")
   return importlib.import_module(f"pallas_kernels.{op}.specs")
 
 
-def _spec(op: str, name: str | None) -> Spec:
-  known = {spec.name: spec for spec in _specs(op).SPECS}
+def spec_of(op: str, name: str | None = None) -> Spec:
+  """A shape of an op by its name; None: the first."""
+  known = {spec.name: spec for spec in specs_of(op).SPECS}
   if name is None:
     return next(iter(known.values()))
   if name not in known:
@@ -186,10 +189,12 @@ def _spec(op: str, name: str | None) -> Spec:
   return known[name]
 
 
-def _program(op: str, spec: Spec) -> tuple[Callable[..., Any], Any]:
+def program(
+  op: str, spec: Spec, implementation: str = "mosaic_tpu"
+) -> tuple[Callable[..., Any], Any]:
   """``f((differentiable, others))`` and its abstract arguments."""
   function = getattr(importlib.import_module(f"pallas_kernels.{op}"), op)
-  make, static = _specs(op).inputs, {}
+  make, static = specs_of(op).inputs, {}
 
   def arrays(key):
     inputs = make(spec, key)
@@ -200,12 +205,14 @@ def _program(op: str, spec: Spec) -> tuple[Callable[..., Any], Any]:
 
   def f(arguments):
     differentiable, others = arguments
-    return function(**differentiable, **others, **static, implementation="mosaic_tpu")
+    return function(**differentiable, **others, **static, implementation=implementation)
 
   return f, arguments
 
 
-def _with_gradients(f: Callable[..., Any]) -> Callable[..., Any]:
+def with_gradients(f: Callable[..., Any]) -> Callable[..., Any]:
+  """``program``'s function together with the gradients of its differentiable inputs."""
+
   def both(arguments):
     differentiable, others = arguments
     out, pullback = jax.vjp(lambda d: f((d, others)), differentiable)
@@ -218,9 +225,10 @@ def _stem(name: str) -> str:
   return name.split(".")[0]
 
 
-def _kernel(
+def kernel_report(
   schedule: _aot.Schedule, inner: Sequence[Inner], on: Chip, *, backward: bool
 ) -> KernelReport:
+  """What a schedule says of the loops that an op describes."""
   loops = []
   described = [x for x in inner if schedule.name.startswith(x.kernel)]
   for x in described:
@@ -311,7 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument("--json", action="store_true", help="print JSON")
   options = parser.parse_args(arguments)
   try:
-    spec = _spec(options.op, options.spec)
+    spec = spec_of(options.op, options.spec)
     if options.shape:
       spec = spec.replace(_sizes(options.shape), name="custom")
     if options.dtype:

@@ -22,7 +22,9 @@ pytestmark = [
   pytest.mark.skipif(not _aot.available(), reason="libtpu is not installed (the `aot` extra)"),
 ]
 
-UNSUPPORTED: set[tuple[str, str, str]] = set()  # (op, generation, spec); reasons in the README
+UNSUPPORTED: set[tuple[str, str, str]] = {  # (op, generation, spec); reasons in the README
+  ("linear_cross_entropy", "v4", "llama3-8b-kl"),  # two heads of width 4096 fill its 16 MiB of VMEM
+}
 
 PROGRAM = """
 import json, sys
@@ -30,10 +32,10 @@ from pallas_kernels import _aot, static_cost
 op, generation = sys.argv[1:]
 _aot.prepare(dump=False)
 out = {}
-for spec in static_cost._specs(op).SPECS:
-  f, arguments = static_cost._program(op, spec)
+for spec in static_cost.specs_of(op).SPECS:
+  f, arguments = static_cost.program(op, spec)
   try:
-    for program in (f, static_cost._with_gradients(f)):
+    for program in (f, static_cost.with_gradients(f)):
       compiled = _aot.compile_for(generation, program, arguments)
       assert "tpu_custom_call" in compiled.as_text(), "no kernel in the program"
     out[spec.name] = "compiled"

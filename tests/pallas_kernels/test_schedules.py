@@ -80,7 +80,7 @@ def test_units_per_trip_and_own_bundles(schedule):
     Inner("kernel", (0, 0), "tile", 2, 3 * on.macs_per_cycle, trips=50),
     Inner("another", (0,), "tile", 1, 1, trips=1),
   ]
-  report = static_cost._kernel(schedule, inner, on, backward=False)
+  report = static_cost.kernel_report(schedule, inner, on, backward=False)
   row, tile = report.loops
   assert (row.bundles, tile.bundles, tile.bundles_per_unit) == (3, 3, 1.5)
   assert tile.matrix_unit == 1.0

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Costs of the TPU kernels, from the compiler, on a machine without a TPU.
+
+Command:  python experiments/static_cost/run.py            (10 to 20 minutes on two CPU cores)
+Needs:    pip install 'jaxdec[aot]'
+Expected: results/tables.md and results/results.json beside this file; see README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import pathlib
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+from jaxdec.report import machine
+from jaxdec.report.tables import Column, Table
+from pallas_kernels import _aot, static_cost
+from pallas_kernels._tpu import chip
+from pallas_kernels.block_sparse_attention import _tpu_cost
+
+HERE = pathlib.Path(__file__).parent
+CHIPS = ("v5e", "v5p", "v6e")
+RECURRENCES = ("linear_attention", "delta_rule")
+
+
+def _schedules(op: str, spec: Any, on: Any, backward: bool) -> list[_aot.Schedule]:
+  f, arguments = static_cost.program(op, spec)
+  program = static_cost.with_gradients(f) if backward else f
+  return _aot.schedules(_aot.compile_for(on, program, arguments))
+
+
+def against_splash(chips: tuple[str, ...]) -> list[dict]:
+  """Bundles of a whole dense causal call, for each tile, beside splash attention's grid loop."""
+  rows = []
+  for name in chips:
+    on = chip(name)
+    for block in (128, 512):
+      spec = static_cost.spec_of("block_sparse_attention", "dense").replace({"block": block})
+      ours = {s.name.split(".")[0]: s for s in _schedules("block_sparse_attention", spec, on, True)}
+      splash = static_cost.splash(spec, on)
+      both = zip((_tpu_cost.FORWARD, _tpu_cost.BACKWARD), (False, True), (0, 1))
+      for kernel, backward, way in both:
+        schedule = next(s for n, s in ours.items() if n.startswith(kernel))
+        theirs = next(k for k in splash if k.backward == backward).loops[0].bundles
+        dense = _tpu_cost.call_trips(spec, on)[way]
+        sparse = _tpu_cost.call_trips(spec, on, 0.1)[way]
+        whole = _tpu_cost.cycles(schedule, dense)
+        inner = _inner_bundles(spec, on, schedule)
+        rows.append({
+          "chip": name, "block": block, "pass": "backward" if backward else "forward",
+          "splash": theirs, "inner loop": round(inner, 1),
+          "whole call": round(whole / dense.tiles, 1),
+          "inner / splash": round(inner / theirs, 2),
+          "call / splash": round(whole / dense.tiles / theirs, 2),
+          "90 % sparse / dense": round(_tpu_cost.cycles(schedule, sparse) / whole, 3),
+        })  # fmt: skip
+        print(rows[-1], flush=True)
+  return rows
+
+
+def _inner_bundles(spec: Any, on: Any, schedule: _aot.Schedule) -> float:
+  loops = _tpu_cost.inner_loops(spec, on)
+  report = static_cost.kernel_report(schedule, loops, on, backward=False)
+  return max(report.loops, key=lambda x: x.bundles * x.trips).bundles_per_unit
+
+
+def utilisation(chips: tuple[str, ...]) -> list[dict]:
+  """Multiply-adds / (bundles x peak) of the loops of the recurrent ops."""
+  rows = []
+  for op in RECURRENCES:
+    for spec in importlib.import_module(f"pallas_kernels.{op}.specs").SPECS:
+      if spec.dtype != "bfloat16" or spec.T > 8192:
+        continue
+      for name in chips:
+        report = static_cost.analyse(op, name, spec)
+        for kernel in report.kernels:
+          for loop in kernel.loops:
+            rows.append({
+              "op": op, "shape": spec.name, "chip": name, "kernel": kernel.name.split(".")[0],
+              "bundles per chunk": round(loop.bundles_per_unit, 1),
+              "matrix unit": f"{loop.matrix_unit:.0%}", "spills": kernel.spills,
+              "VMEM MiB": round(kernel.vmem_bytes / 2**20, 2),
+            })  # fmt: skip
+            print(rows[-1], flush=True)
+  return rows
+
+
+def memory(name: str = "v5p") -> list[dict]:
+  """Temporary bytes of forward + backward at T = 65,536, B N = 16, H = 128.
+
+  Beside plain autodiff through the chunked form in XLA (all chunks at once, nothing recomputed).
+  """
+  rows = []
+  for op in RECURRENCES:
+    spec = next(
+      s
+      for s in importlib.import_module(f"pallas_kernels.{op}.specs").SPECS
+      if s.T == 65536 and s.H == 128
+    )
+    sizes = {}
+    for arm in ("autodiff", "xla", "mosaic_tpu"):
+      f, arguments = _arm(op, spec, arm)
+      compiled = _aot.compile_for(name, static_cost.with_gradients(f), arguments)
+      sizes[arm] = compiled.memory_analysis().temp_size_in_bytes
+    for arm in ("xla", "mosaic_tpu"):
+      rows.append({
+        "op": op, "implementation": arm, "temporary MiB": round(sizes[arm] / 2**20),
+        "autodiff MiB": round(sizes["autodiff"] / 2**20),
+        "share": round(sizes[arm] / sizes["autodiff"], 3),
+      })  # fmt: skip
+      print(rows[-1], flush=True)
+  return rows
+
+
+def _arm(op: str, spec: Any, arm: str) -> tuple[Callable, Any]:
+  """``mosaic_tpu``, ``xla``, or ``autodiff``: XLA's forward pass without its own gradients."""
+  f, arguments = static_cost.program(
+    op, spec, implementation="mosaic_tpu" if arm == "mosaic_tpu" else "xla"
+  )
+  if arm != "autodiff":
+    return f, arguments
+  backend = importlib.import_module(f"pallas_kernels.{op}.xla")
+
+  def plain(arguments):
+    ours = getattr(backend, op)
+    try:
+      setattr(backend, op, _PLAIN[op])
+      return f(arguments)
+    finally:
+      setattr(backend, op, ours)
+
+  return plain, arguments
+
+
+def _plain_linear_attention(*arrays, config=None, **static):
+  from pallas_kernels.linear_attention import xla
+
+  return xla._chunked(*arrays, **{k: v for k, v in static.items() if v is not None})
+
+
+def _plain_delta_rule(*arrays, scale, chunk_size=None, config=None):
+  from pallas_kernels.delta_rule import xla
+
+  (*tokens, state), plan, length = xla._plan(*arrays, scale, chunk_size, config)
+  out, state, _ = xla._forward(plan, tokens, state, save=False)
+  return out[:, :length], state
+
+
+_PLAIN = {"linear_attention": _plain_linear_attention, "delta_rule": _plain_delta_rule}
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--chips", nargs="+", default=list(CHIPS))
+  parser.add_argument("--out", type=pathlib.Path, default=HERE / "results")
+  options = parser.parse_args()
+  try:
+    _aot.prepare()
+  except _aot.NoCompiler as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  chips = tuple(options.chips)
+  tables = {
+    "Block-sparse attention against splash attention": against_splash(chips),
+    "Temporary memory of forward + backward, T = 65,536": memory(),
+    "Matrix units in the recurrences": utilisation(chips),
+  }
+  options.out.mkdir(parents=True, exist_ok=True)
+  about = {"machine": machine.describe(), "libtpu": version("libtpu"), "chips": chips}
+  results = json.dumps({**about, "tables": tables}, indent=1)
+  (options.out / "results.json").write_text(results + "\n")
+  text = [f"`python experiments/static_cost/run.py`, libtpu {about['libtpu']}\n"]
+  for title, rows in tables.items():
+    columns = [
+      Column(k, align="left" if isinstance(v, str) else "right") for k, v in rows[0].items()
+    ]
+    text.append(Table(columns, rows, title).markdown())
+  (options.out / "tables.md").write_text("\n".join(text))
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
