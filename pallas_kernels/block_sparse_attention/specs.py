@@ -12,7 +12,7 @@ from pallas_kernels.block_sparse_attention.pattern import BlockPattern
 
 
 def _sizes(B: int, T: int, N: int, K: int, H: int, block: int) -> dict[str, int]:
-  return dict(B=B, T=T, S=T, N=N, K=K, H=H, block=block)
+  return dict(B=B, T=T, N=N, K=K, H=H, block=block)
 
 
 SPECS = (
@@ -37,7 +37,7 @@ SPECS = (
 def inputs(spec: Spec, key: jax.Array) -> Inputs:
   """Unit normal q, k, v; of the causal tiles the diagonal and a random share, or all of them."""
   keys = jax.random.split(key, 5)
-  B, T, S, K = spec.B, spec.T, spec.S, spec.K
+  B, T, S, K = spec.B, spec.T, spec.T, spec.K
   shapes = ((B, T, spec.N, spec.H), (B, S, K, spec.H), (B, S, K, spec.H))
   q, k, v = (jax.random.normal(x, shape, spec.dtype) for x, shape in zip(keys, shapes))
   density = spec.options.get("density")
@@ -64,9 +64,9 @@ def inputs(spec: Spec, key: jax.Array) -> Inputs:
 
 def cost(spec: Spec) -> Cost:
   """Of the visible pairs of tokens (documents not counted): two products of H multiply-adds."""
-  pairs = spec.B * spec.N * sum(max(0, i + 1 + spec.S - spec.T) for i in range(spec.T))
+  pairs = spec.B * spec.N * spec.T * (spec.T + 1) // 2
   itemsize = jnp.dtype(spec.dtype).itemsize
-  elements = 2 * spec.B * spec.H * (spec.T * spec.N + spec.S * spec.K)
+  elements = 2 * spec.B * spec.H * (spec.T * (spec.N + spec.K))
   return Cost(
     flops=int(4 * spec.H * pairs * spec.options.get("density", 1.0)),
     bytes=elements * itemsize + 4 * spec.B * spec.N * spec.T,

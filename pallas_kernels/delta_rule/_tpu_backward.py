@@ -13,14 +13,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import _tpu
 from pallas_kernels._chunks import sum_before, sum_from
+from pallas_kernels._tpu import from_kernel, kernel_shape, to_kernel
 from pallas_kernels.delta_rule import _chunk
 from pallas_kernels.delta_rule._tpu_forward import prepare
 from pallas_kernels.delta_rule._tpu_layout import (
   ROWS,
   Layout,
-  from_kernel,
-  kernel_shape,
-  to_kernel,
   token_rows,
 )
 

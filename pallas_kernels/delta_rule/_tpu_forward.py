@@ -12,13 +12,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import _tpu
+from pallas_kernels._tpu import from_kernel, kernel_shape, to_kernel
 from pallas_kernels.delta_rule import _chunk, _inverse
 from pallas_kernels.delta_rule._tpu_layout import (
   ROWS,
   Layout,
-  from_kernel,
-  kernel_shape,
-  to_kernel,
   token_rows,
 )
 

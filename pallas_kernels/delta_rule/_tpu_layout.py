@@ -130,25 +130,6 @@ class Layout:
     )
 
 
-def to_kernel(x: jax.Array) -> jax.Array:
-  """``[B,T,K,H]`` as ``[B,T,K*H]``, of which a kernel takes columns, where H fills lanes.
-
-  Other widths can't be cut from the lanes and are moved to ``[B,K,T,H]``.
-  """
-  b, t, heads, h = x.shape
-  return x.reshape(b, t, heads * h) if h % LANES == 0 else jnp.moveaxis(x, 2, 1)
-
-
-def kernel_shape(b: int, t: int, heads: int, h: int) -> tuple[int, ...]:
-  return (b, t, heads * h) if h % LANES == 0 else (b, heads, t, h)
-
-
-def from_kernel(x: jax.Array, heads: int) -> jax.Array:
-  if x.ndim == 3:
-    return x.reshape(*x.shape[:2], heads, x.shape[2] // heads)
-  return jnp.moveaxis(x, 1, 2)
-
-
 def token_rows(layout: Layout, beta: jax.Array, g: jax.Array) -> jax.Array:
   """beta and, for scalar decays, the prefix sums of log-decays: ``[B,N,steps,count*group,C]``."""
 

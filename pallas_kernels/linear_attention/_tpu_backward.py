@@ -26,6 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import _tpu
 from pallas_kernels._chunks import grid, sum_before, sum_from
+from pallas_kernels._tpu import from_kernel, kernel_shape, to_kernel
 from pallas_kernels.linear_attention._sequences import (
   exclusive_cumsum,
   reverse_cumsum,
@@ -36,9 +37,6 @@ from pallas_kernels.linear_attention._tpu_layout import (
   Layout,
   Scalar,
   chunk_decays,
-  from_kernel,
-  kernel_shape,
-  to_kernel,
 )
 
 BACKWARD_WIDTH = {"none": 2, "scalar": 2, "channel": 1}  # chunks the compiler overlaps

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -10,13 +12,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import _tpu
 from pallas_kernels._chunks import grid
+from pallas_kernels._tpu import from_kernel, kernel_shape, to_kernel
 from pallas_kernels.linear_attention._tpu_layout import (
   Layout,
   Scalar,
   chunk_decays,
-  from_kernel,
-  kernel_shape,
-  to_kernel,
 )
 
 FORWARD_WIDTH = {"none": 4, "scalar": 4, "channel": 1}  # chunks the compiler overlaps
@@ -147,15 +147,8 @@ def forward(layout: Layout, q, k, v, decays, state, *, save: bool):
     transcendentals=chunks * layout.chunk * (h if layout.decay == "channel" else layout.chunk),
     bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays, *decay_arrays, state))
     + b * t * n * width * q.dtype.itemsize
-    + 4 * math_size(states_shape),
+    + 4 * math.prod(states_shape),
     interpret=layout.interpret,
     vmem_limit_bytes=layout.vmem_limit_bytes,
   )(*decay_arrays, *arrays, state)
   return from_kernel(out, n), states
-
-
-def math_size(shape: tuple[int, ...]) -> int:
-  size = 1
-  for x in shape:
-    size *= x
-  return size
