@@ -19,13 +19,18 @@ class XLAConfig:
 
   Attributes:
     block: slots a step of a loop that ends at the longest row; 0: the whole cache in one pass.
+    dense: where the longest row fills more than this share of the cache, one pass is taken instead
+      (a branch at run time); 1: never.
   """
 
   block: int = 0
+  dense: float = 1.0
 
   def __post_init__(self):
     if self.block < 0:
       raise ValueError(f"XLAConfig: block is 0 (one pass) or a number of slots, got {self.block}.")
+    if not 0 <= self.dense <= 1:
+      raise ValueError(f"XLAConfig: dense is a share between 0 and 1, got {self.dense}.")
 
 
 @dataclasses.dataclass(frozen=True)

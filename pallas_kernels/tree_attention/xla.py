@@ -3,9 +3,9 @@
 
 The cached keys are met in one pass, or block by block in a loop that ends at the longest row (a
 cache is as large as a request may become, and mostly emptier). Measured on a CPU in float32, M = 1
-to 16: one pass wins up to S = 1,024; from 2,048 on the loop is as fast on a full cache and 2 to 4
-times as fast on one a quarter full. Accelerators take the loop only where the logits of one pass
-would not fit well.
+to 16, S = 2,048: the loop takes 1.05 to 1.7 times as long on a full cache, and a half to a quarter
+of the time on one a quarter full; so caches from there on branch on the longest row. Accelerators
+take the loop only where the logits of one pass would not fit well.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ class Rules:
   window: int | None
   logit_cap: float | None
   block: int
+  dense: float = 1.0
 
 
 def heuristic(platform: str, logits: int, slots: int) -> XLAConfig:
   """``logits``: elements of one pass over the cache."""
   if platform == "cpu":
-    return XLAConfig(256 if slots >= 2048 else 0)
+    return XLAConfig(256, dense=0.5) if slots >= 2048 else XLAConfig()
   return XLAConfig(1024 if logits > 2**26 else 0)
 
 
@@ -55,7 +56,7 @@ def tree_attention(
 
   def rules(rows, slots):
     chosen = config or heuristic(current_target().platform, rows * q.shape[2] * slots, slots)
-    return Rules(scale, window, logit_cap, min(chosen.block, slots))
+    return Rules(scale, window, logit_cap, min(chosen.block, slots), chosen.dense)
 
   rows = q.shape[0] * q.shape[1]
   fixed = rules(rows, k_cache.shape[2])
@@ -106,7 +107,19 @@ def attend(rules: Rules, q, k_cache, v_cache, length, k_nodes, v_nodes, among, p
   return _forward(rules, q, k_cache, v_cache, length, k_nodes, v_nodes, among, position)
 
 
-def _forward(rules, q, k_cache, v_cache, length, k_nodes, v_nodes, among, position):
+def _forward(rules, q, k_cache, v_cache, length, *rest):
+  arrays = (q, k_cache, v_cache, length, *rest)
+  if not rules.block or rules.dense >= 1:
+    return _pass(rules, *arrays)
+  return jax.lax.cond(
+    jnp.max(length, initial=0) > rules.dense * k_cache.shape[2],
+    functools.partial(_pass, dataclasses.replace(rules, block=0)),
+    functools.partial(_pass, rules),
+    *arrays,
+  )
+
+
+def _pass(rules, q, k_cache, v_cache, length, k_nodes, v_nodes, among, position):
   b, m, n, _ = q.shape
   heads, slots = k_cache.shape[1:3]
   rows = fold(q, heads).astype(k_cache.dtype)

@@ -92,7 +92,8 @@ class Case:
   def config(self, implementation):
     if implementation == "mosaic_tpu":
       return TPUConfig(self.block, self.rows, self.transposed)
-    return XLAConfig(48) if self.block == 256 else None  # 48: blocks that overlap at the end
+    # 48: blocks that overlap at the end; both branches of dense: rows of 600 and of 320 slots
+    return XLAConfig(48, dense=0.9) if self.block == 256 else XLAConfig(block=64, dense=0.5)
 
   def run(self, implementation, arrays, others, **kwargs):
     config = None if implementation == "reference" else self.config(implementation)
