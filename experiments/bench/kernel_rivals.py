@@ -148,7 +148,9 @@ def _flex(q, k, v, blocks, causal: bool, window: int | None) -> Arm:
   rows, columns = blocks.block_q, blocks.block_kv
 
   def visible(b, h, i, j):
-    seen = dense[b % dense.shape[0], h % dense.shape[1], i // rows, j // columns]
+    # Rows of one pattern, heads h of as many as there are query heads: by index, not repeated.
+    at = b * dense.shape[0] // q.shape[0], h * dense.shape[1] // q.shape[2]
+    seen = dense[*at, i // rows, j // columns]
     if causal:
       seen = seen & (j <= i)
     return seen if window is None else seen & (i - j < window)

@@ -91,6 +91,8 @@ def scaled(op: str, spec: Spec, config: Config, platform: str) -> Spec:
   floors = {n: f for n, f in SHRINK[op].items() if n in spec.sizes}
   if config.flops is not None and config.flops < 1e8:
     floors = {n: f // 4 for n, f in floors.items()}
+  if "block" in spec.sizes:  # a pattern of one tile is none
+    floors["T"] = max(floors["T"], 4 * spec.block)
   while config.flops is not None and module.cost(spec).flops > config.flops:
     name = max(floors, key=lambda n: spec.sizes[n] / floors[n], default=None)
     if name is None or spec.sizes[name] // 2 < floors[name]:
