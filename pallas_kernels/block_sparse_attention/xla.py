@@ -29,16 +29,17 @@ class XLAConfig:
   """How much is computed at once.
 
   Attributes:
-    keys: keys of one step of the inner loop, rounded to whole blocks (at least one).
+    keys: keys of one step of the inner loop, rounded to whole blocks (at least one); None: 64 on a
+      CPU, where a tile at a time is fastest from blocks of 64 on, else 512.
     rows: rows of tiles (query blocks of a key/value head) at once, cut to a divisor of B*K; None:
       1 on a CPU, where each row then stops at its own length, else B*K.
   """
 
-  keys: int = 256
+  keys: int | None = None
   rows: int | None = None
 
   def __post_init__(self):
-    if self.keys < 1 or (self.rows is not None and self.rows < 1):
+    if any(x is not None and x < 1 for x in (self.keys, self.rows)):
       raise ValueError(
         f"XLAConfig: keys and rows are at least 1, got keys={self.keys}, rows={self.rows}."
       )
@@ -73,7 +74,8 @@ class _Plan:
     most = self.B * self.K
     rows = (1 if on_cpu else most) if config.rows is None else min(config.rows, most)
     self.r = next(d for d in range(rows, 0, -1) if most % d == 0)
-    self.c = max(1, min(config.keys // self.bk, lists.idx.shape[-1]))
+    keys = config.keys or (64 if on_cpu else 512)
+    self.c = max(1, min(keys // self.bk, lists.idx.shape[-1]))
     self.accumulator = jnp.promote_types(q.dtype, jnp.float32)
     # CPUs multiply bfloat16 matrices many times slower than float32 ones.
     self.compute = self.accumulator if on_cpu else q.dtype
@@ -260,7 +262,17 @@ def _backward(plan: _Plan, q, k, v, rows: _Rows, ids, lse, dout, delta):
 
   def add(total, row, idx, update):
     update = update.reshape(plan.r, plan.c, plan.bk, -1)
-    return total.at[row.head[:, None], idx].add(update)
+    if plan.r > 1:
+      return total.at[row.head[:, None], idx].add(update)
+
+    def one(slot, total):
+      where = (row.head[0], idx[0, slot], 0, 0)
+      here = jax.lax.dynamic_slice(total, where, (1, 1, *total.shape[2:]))
+      more = jax.lax.dynamic_slice_in_dim(update, slot, 1, axis=1)
+      return jax.lax.dynamic_update_slice(total, here + more, where)
+
+    # A loop: with two updates in a row, or a scatter, XLA:CPU copies the whole array.
+    return one(0, total) if plan.c == 1 else jax.lax.fori_loop(0, plan.c, one, total)
 
   def step(totals, x):
     row, query, d_out, lse, delta = x
