@@ -48,7 +48,7 @@ PASSES = ("forward", "forward + backward")
 OURS = {"tpu": ("mosaic_tpu", "xla"), "gpu": ("mosaic_gpu", "xla"), "cpu": ("xla",)}
 # Lengths, in which shapes are scaled down, each to no less than this.
 SHRINK = {
-  "block_sparse_attention": {"T": 1024, "S": 1024},
+  "block_sparse_attention": {"T": 1024},
   "linear_attention": {"T": 256},
   "delta_rule": {"T": 256},
   "tree_attention": {"S": 1024},
@@ -97,10 +97,7 @@ def scaled(op: str, spec: Spec, config: Config, platform: str) -> Spec:
     name = max(floors, key=lambda n: spec.sizes[n] / floors[n], default=None)
     if name is None or spec.sizes[name] // 2 < floors[name]:
       break
-    halved = {name: spec.sizes[name] // 2}
-    if spec.sizes.get("T") == spec.sizes.get("S"):  # attention within one sequence
-      halved = {n: halved[name] for n in ("T", "S")} if name in ("T", "S") else halved
-    spec = spec.replace(halved)
+    spec = spec.replace({name: spec.sizes[name] // 2})
   return spec
 
 
