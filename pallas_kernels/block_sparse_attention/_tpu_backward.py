@@ -24,22 +24,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import _tpu
-from pallas_kernels.block_sparse_attention._tpu_forward import Rule, product, run
+from pallas_kernels.block_sparse_attention._tpu_forward import HEADER, Rule, product, run
 
 
 def _kernel(jobs, q, do, lse, di, k, k_t, v, *refs, rule: Rule, per_trip: int, has_ids: bool):
   refs = list(refs)
   q_ids, kv_ids = (refs.pop(0), refs.pop(0)) if has_ids else (None, None)
   dq, dk, dv, dk_acc, dv_acc = refs
-  count, query_blocks = k.shape[3], q.shape[3]
-  query_base = pl.program_id(2) * query_blocks
-  key_base = pl.program_id(3) * count
+  count, query_blocks = k.shape[3], q.shape[2]
+  query_base, key_base = jobs[0, 0, 2], pl.program_id(2) * count
 
   def clear_queries(i, _):
-    dq[0, 0, 0, i] = jnp.zeros(dq.shape[4:], dq.dtype)
+    dq[0, 0, i] = jnp.zeros(dq.shape[3:], dq.dtype)
     return 0
 
-  jax.lax.fori_loop(0, jnp.where(pl.program_id(3) == 0, query_blocks, 0), clear_queries, 0)
+  jax.lax.fori_loop(0, jnp.where(pl.program_id(2) == 0, query_blocks, 0), clear_queries, 0)
 
   def clear(r, _):
     dk_acc[r] = jnp.zeros(dk_acc.shape[1:], dk_acc.dtype)
@@ -49,25 +48,25 @@ def _kernel(jobs, q, do, lse, di, k, k_t, v, *refs, rule: Rule, per_trip: int, h
   jax.lax.fori_loop(0, count, clear, 0)
 
   def first_products(row, block):
-    return product(k[0, 0, 0, row], q[0, 0, 0, block]), product(v[0, 0, 0, row], do[0, 0, 0, block])
+    return product(k[0, 0, 0, row], q[0, 0, block]), product(v[0, 0, 0, row], do[0, 0, block])
 
   def last_products(row, block, s, dp, *, masked, listed):
     s, bounded = rule.logits(s)
-    p = jnp.exp2(s - lse[0, 0, 0, pl.ds(listed, 1), :])
+    p = jnp.exp2(s - lse[0, 0, pl.ds(listed, 1), :])
     if masked:
       ids = None
       if has_ids:
-        ids = q_ids[0, 0, pl.ds(block, 1), :], kv_ids[0, 0, pl.ds(row, 1), :]
+        ids = q_ids[0, pl.ds(block, 1), :], kv_ids[0, 0, pl.ds(row, 1), :]
       seen = rule.visible(query_base + block, key_base + row, ids)
       p = p if seen is None else jnp.where(seen, p, 0.0)
-    ds = p * (dp - di[0, 0, 0, pl.ds(listed, 1), :])
+    ds = p * (dp - di[0, 0, pl.ds(listed, 1), :])
     if bounded is not None:
       ds = ds * (1.0 - bounded * bounded)
     ds, p = ds.astype(q.dtype), p.astype(q.dtype)
     return (
       product(k_t[0, 0, 0, row], ds),
-      product(q[0, 0, 0, block], ds, transposed=True),
-      product(do[0, 0, 0, block], p, transposed=True),
+      product(q[0, 0, block], ds, transposed=True),
+      product(do[0, 0, block], p, transposed=True),
     )
 
   def of_one_row(row, blocks):
@@ -76,7 +75,7 @@ def _kernel(jobs, q, do, lse, di, k, k_t, v, *refs, rule: Rule, per_trip: int, h
       last_products(row, block, *x, masked=False, listed=block) for block, x in zip(blocks, made)
     ]
     for block, (of_queries, _, _) in zip(blocks, parts):
-      dq[0, 0, 0, block] += of_queries
+      dq[0, 0, block] += of_queries
     dk_acc[row] += functools.reduce(jnp.add, [x for _, x, _ in parts])
     dv_acc[row] += functools.reduce(jnp.add, [x for _, _, x in parts])
 
@@ -85,15 +84,15 @@ def _kernel(jobs, q, do, lse, di, k, k_t, v, *refs, rule: Rule, per_trip: int, h
     made = [first_products(row, block) for row, block, _ in tiles]
     for (row, block, listed), x in zip(tiles, made):
       of_queries, of_keys, of_values = last_products(row, block, *x, masked=True, listed=listed)
-      dq[0, 0, 0, block] += of_queries
+      dq[0, 0, block] += of_queries
       dk_acc[row] += of_keys
       dv_acc[row] += of_values
 
   run(jobs, per_trip, of_one_row, of_any)
 
   def finish(r, _):
-    dk[0, 0, 0, 0, r] = dk_acc[r].astype(dk.dtype)
-    dv[0, 0, 0, 0, r] = dv_acc[r].astype(dv.dtype)
+    dk[0, 0, 0, r] = dk_acc[r].astype(dk.dtype)
+    dv[0, 0, 0, r] = dv_acc[r].astype(dv.dtype)
     return 0
 
   jax.lax.fori_loop(0, count, finish, 0)
@@ -115,73 +114,73 @@ def backward(
   batch_lists: int,
   head_lists: int,
   sum_dtype: Any,
-  interpret: Any,
+  **compiler: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Unscaled gradients, for every range of queries and every query head.
+  """Unscaled gradients of every query head, from the queries of a range.
 
-  Letters as in the forward pass, with ranges over queries: R ranges of X query blocks, Y steps of c
-  key blocks.
+  Letters as in the forward pass, with the range over queries: X query blocks, Y steps of c key
+  blocks.
 
   Args:
-    jobs: i32 ``[batch_lists * head_lists * R * Y, 1, W]`` as in the forward pass, of key rows and
-      query blocks. Block X is no block: tiles that fill up the last trip.
-    q, do: ``[B,N,R,X,H,bq]``, ``[B,N,R,X,Hv,bq]``.
-    lse, di: f32 ``[B,N,R,X+1,bq]``: of base 2, +inf in rows that see nothing and in the last of a
-      range; ``sum(do * out)`` less the cotangent of lse.
+    jobs: i32 ``[batch_lists * head_lists * Y, 1, W]`` as in the forward pass, of key rows and query
+      blocks. Block X is no block: tiles that fill up the last trip.
+    q, do: ``[B,N,X,H,bq]``, ``[B,N,X,Hv,bq]``.
+    lse, di: f32 ``[B,N,X+1,bq]``: of base 2, +inf in rows that see nothing and in the last;
+      ``sum(do * out)`` less the cotangent of lse.
     k, v: ``[B,K,Y,c,bk,H]``, ``[B,K,Y,c,bk,Hv]``. k_t: ``[B,K,Y,c,H,bk]``.
-    ids: i32 ``[B,R,X,bq]`` and ``[B,Y,c,bk]``.
+    ids: i32 ``[B,X,bq]`` and ``[B,Y,c,bk]``.
 
   Returns:
-    dq f32 ``[B,N,R,X,H,bq]``, dk ``[R,B,N,Y,c,H,bk]`` and dv ``[R,B,N,Y,c,Hv,bk]`` in sum_dtype.
+    dq f32 ``[B,N,X,H,bq]``, dk ``[B,N,Y,c,H,bk]`` and dv ``[B,N,Y,c,Hv,bk]`` in sum_dtype.
   """
-  B, N, R, X, H, bq = q.shape
+  B, N, X, H, bq = q.shape
   K, Y, c, bk = k.shape[1:5]
   Hv, W = v.shape[5], jobs.shape[-1]
   G = N // K
 
-  def of_step(b, n, r, y):
+  def of_step(b, n, y):
     of_batch = b if batch_lists > 1 else 0
     of_head = jax.lax.div(n, N // head_lists)
-    return (((of_batch * head_lists + of_head) * R + r) * Y + y, 0, 0)
+    return ((of_batch * head_lists + of_head) * Y + y, 0, 0)
 
-  def resident(*shape):
-    return pl.BlockSpec((1, 1, 1, *shape), lambda b, n, r, y: (b, n, r) + (0,) * len(shape))
+  def staying(*shape):
+    index = (0,) * len(shape)
+    return pl.BlockSpec((1, 1, *shape), lambda b, n, y: (b, n, *index))
 
   def passing(*shape):
-    return pl.BlockSpec((1, 1, 1, c, *shape), lambda b, n, r, y: (b, jax.lax.div(n, G), y, 0, 0, 0))
+    return pl.BlockSpec((1, 1, 1, c, *shape), lambda b, n, y: (b, jax.lax.div(n, G), y, 0, 0, 0))
 
   def summed(*shape):
-    return pl.BlockSpec((1, 1, 1, 1, c, *shape), lambda b, n, r, y: (r, b, n, y, 0, 0, 0))
+    return pl.BlockSpec((1, 1, 1, c, *shape), lambda b, n, y: (b, n, y, 0, 0, 0))
 
   in_specs = [
     pl.BlockSpec((1, 1, W), of_step, memory_space=pltpu.SMEM),
-    resident(X, H, bq), resident(X, Hv, bq), resident(X + 1, bq), resident(X + 1, bq),
+    staying(X, H, bq), staying(X, Hv, bq), staying(X + 1, bq), staying(X + 1, bq),
     passing(bk, H), passing(H, bk), passing(bk, Hv),
   ]  # fmt: skip
   if ids is not None:
-    in_specs.append(pl.BlockSpec((1, 1, X, bq), lambda b, n, r, y: (b, r, 0, 0)))
-    in_specs.append(pl.BlockSpec((1, 1, c, bk), lambda b, n, r, y: (b, y, 0, 0)))
-  tiles = B * N * R * Y * (W - 2)  # at most
+    in_specs.append(pl.BlockSpec((1, X, bq), lambda b, n, y: (b, 0, 0)))
+    in_specs.append(pl.BlockSpec((1, 1, c, bk), lambda b, n, y: (b, y, 0, 0)))
+  tiles = B * N * Y * (W - HEADER)  # at most
   return _tpu.call(
     functools.partial(_kernel, rule=rule, per_trip=per_trip, has_ids=ids is not None),
     name="block_sparse_backward",
     out_shape=(
       jax.ShapeDtypeStruct(q.shape, jnp.float32),
-      jax.ShapeDtypeStruct((R, B, N, Y, c, H, bk), sum_dtype),
-      jax.ShapeDtypeStruct((R, B, N, Y, c, Hv, bk), sum_dtype),
+      jax.ShapeDtypeStruct((B, N, Y, c, H, bk), sum_dtype),
+      jax.ShapeDtypeStruct((B, N, Y, c, Hv, bk), sum_dtype),
     ),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=0,
-      grid=(B, N, R, Y),
+      grid=(B, N, Y),
       in_specs=in_specs,
-      out_specs=(resident(X, H, bq), summed(H, bk), summed(Hv, bk)),
+      out_specs=(staying(X, H, bq), summed(H, bk), summed(Hv, bk)),
       scratch_shapes=[pltpu.VMEM((c, H, bk), jnp.float32), pltpu.VMEM((c, Hv, bk), jnp.float32)],
     ),
-    dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+    dimension_semantics=("parallel", "parallel", "arbitrary"),
     flops=2 * tiles * bq * bk * (3 * H + 2 * Hv),
-    bytes_accessed=2 * q.nbytes + do.nbytes + G * R * (k.nbytes + k_t.nbytes + v.nbytes) * 2,
+    bytes_accessed=2 * q.nbytes + do.nbytes + G * (k.nbytes + k_t.nbytes + v.nbytes) * 2,
     transcendentals=tiles * bq * bk,
-    interpret=interpret,
-    vmem_limit_bytes=_tpu.chip().vmem_bytes * 15 // 16,
     disable_bounds_checks=True,
+    **compiler,
   )(jobs, q, do, lse, di, k, k_t, v, *(ids or ()))

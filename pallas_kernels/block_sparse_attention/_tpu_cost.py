@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from pallas_kernels import _dispatch
 from pallas_kernels._aot import Schedule
 from pallas_kernels._specs import Inner, Spec
 from pallas_kernels._tpu import Chip
@@ -85,17 +84,15 @@ def causal_counts(
 def plan_of(spec: Spec, chip: Chip, config: TPUConfig | None = None) -> Plan:
   """The plan of a causal call with square blocks."""
   rule = Rule(spec.T, spec.T, spec.block, spec.block, True, None, False, None, spec.H**-0.5)
-  return Plan(rule, config or TPUConfig(), False, False)
+  return Plan(rule, config or TPUConfig(), False, False, chip)
 
 
 def call_trips(spec: Spec, chip: Chip, density: float = 1.0) -> tuple[Trips, Trips]:
   """Forward and backward, of one batch entry and head."""
   plan = plan_of(spec, chip)
   rows, columns = causal_counts(spec, density)
-  with _dispatch.target("tpu", generation=chip.name):
-    sizes = spec.T, spec.T, spec.H, spec.H, spec.dtype
-    of_forward = plan.forward_layout(*sizes).rows
-    of_backward = plan.backward_layout(*sizes).rows
+  sizes = spec.T, spec.T, spec.H, spec.H, spec.dtype
+  of_forward, of_backward = plan.forward_layout(*sizes).rows, plan.backward_layout(*sizes).rows
   return (
     count_trips(*rows, per_trip=plan.forward_tiles, rows_per_step=of_forward),
     count_trips(*columns, per_trip=plan.backward_tiles, rows_per_step=of_backward),

@@ -9,8 +9,10 @@ Everything is transposed: logits are ``s = k q^T`` of ``[block_kv, block_q]``, s
 
 K and V^T of a head (or of a range of its keys) stay in VMEM while all query blocks of all heads
 that share them pass by: a tile costs no copy and no grid step, only its arithmetic, and trip counts
-are data. A row's full tiles come first, several to a trip, so that the softmax of one tile runs
-under the products of another; what is left runs one tile a trip, with masks.
+are data. Tiles go several to a trip, so that the softmax of one runs under the products of another:
+first full tiles of one row, under one maximum; then what is left of all rows of the step, masked,
+each tile with a maximum of its own, so that rows of few tiles cost as many trips as their tiles
+need together.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from pallas_kernels import _tpu
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
+HEADER = 3  # entries before a step's jobs
 ROW_BITS = 8  # of a packed job
 MAX_ROWS = 1 << ROW_BITS
 FLOOR = -(2.0**120)  # maximum of no logits; finite, for -inf minus -inf is NaN
@@ -116,7 +119,7 @@ def run(jobs, per_trip: int, of_one_row, of_any) -> None:
   first, trips = jobs[0, 0, 0], jobs[0, 0, 1]
 
   def tiles(t):
-    return [unpack(jobs[0, 0, 2 + t * per_trip + n]) for n in range(per_trip)]
+    return [unpack(jobs[0, 0, HEADER + t * per_trip + n]) for n in range(per_trip)]
 
   def full(t, _):
     listed = tiles(t)
@@ -138,9 +141,8 @@ def _kernel(jobs, q, k, v, *refs, rule: Rule, per_trip: int, has_ids: bool, bloc
   peaks = refs.pop(0) if block_max else None
   acc, top, total = refs[:3]
   tops = refs[3] if block_max else None
-  count, key_blocks = q.shape[3], k.shape[3]
-  key_base = pl.program_id(2) * key_blocks
-  query_base = pl.program_id(4) * count
+  count, key_base = q.shape[3], jobs[0, 0, 2]
+  query_base = pl.program_id(3) * count
 
   def clear(r, _):
     acc[r] = jnp.zeros(acc.shape[1:], acc.dtype)
@@ -153,7 +155,7 @@ def _kernel(jobs, q, k, v, *refs, rule: Rule, per_trip: int, has_ids: bool, bloc
   jax.lax.fori_loop(0, count, clear, 0)
 
   def logits(row, block):
-    return rule.logits(product(k[0, 0, 0, block], q[0, 0, 0, row]))[0]
+    return rule.logits(product(k[0, 0, block], q[0, 0, 0, row]))[0]
 
   def sum_keys(p):  # apart in the eight sublanes until the end
     return jnp.sum(p.reshape(-1, _tpu.SUBLANES, p.shape[-1]), axis=0)
@@ -168,7 +170,7 @@ def _kernel(jobs, q, k, v, *refs, rule: Rule, per_trip: int, has_ids: bool, bloc
     now = jnp.maximum(before, highest)
     fade = jnp.exp2(before - now)
     weights = [jnp.exp2(s - now) for s in made]
-    parts = [product(v[0, 0, 0, block], p.astype(v.dtype)) for block, p in zip(blocks, weights)]
+    parts = [product(v[0, 0, block], p.astype(v.dtype)) for block, p in zip(blocks, weights)]
     top[row] = now
     total[row] = fade * total[row] + sum_keys(functools.reduce(jnp.add, weights))
     acc[row] = fade * acc[row] + functools.reduce(jnp.add, parts)
@@ -182,7 +184,7 @@ def _kernel(jobs, q, k, v, *refs, rule: Rule, per_trip: int, has_ids: bool, bloc
     for (row, query, block), s in zip(tiles, made):
       ids = None
       if has_ids:
-        ids = q_ids[0, 0, pl.ds(query, 1), :], kv_ids[0, 0, pl.ds(block, 1), :]
+        ids = q_ids[0, 0, pl.ds(query, 1), :], kv_ids[0, pl.ds(block, 1), :]
       seen = rule.visible(query_base + query, key_base + block, ids)
       s = s if seen is None else jnp.where(seen, s, -jnp.inf)
       highest = jnp.max(s, axis=0, keepdims=True)
@@ -190,7 +192,7 @@ def _kernel(jobs, q, k, v, *refs, rule: Rule, per_trip: int, has_ids: bool, bloc
         tops[row, pl.ds(block, 1), :] = highest
       own = jnp.maximum(highest, FLOOR)
       p = jnp.exp2(s - own)
-      parts.append((row, own, sum_keys(p), product(v[0, 0, 0, block], p.astype(v.dtype))))
+      parts.append((row, own, sum_keys(p), product(v[0, 0, block], p.astype(v.dtype))))
     for row, own, mass, part in parts:
       before = top[row]
       now = jnp.maximum(before, own)
@@ -205,16 +207,16 @@ def _kernel(jobs, q, k, v, *refs, rule: Rule, per_trip: int, has_ids: bool, bloc
     mass = jnp.sum(total[r], axis=0, keepdims=True)
     some = mass > 0
     share = jnp.where(some, 1.0 / jnp.where(some, mass, 1.0), 0.0)
-    out[0, 0, 0, 0, r] = (acc[r] * share).astype(out.dtype)
+    out[0, 0, 0, r] = (acc[r] * share).astype(out.dtype)
     log_sum = (top[r] + jnp.log2(jnp.where(some, mass, 1.0))) * LN2
-    lse[0, 0, 0, 0, pl.ds(r, 1), :] = jnp.where(some, log_sum, -jnp.inf)
+    lse[0, 0, 0, pl.ds(r, 1), :] = jnp.where(some, log_sum, -jnp.inf)
     if block_max:
       lane = jax.lax.broadcasted_iota(jnp.int32, (1, rule.block_q), 1)
       real = lane < rule.T - (query_base + r) * rule.block_q
       peak = jnp.exp2(tops[r] - top[r]) * jnp.where(real, share, 0.0)
       peak = jnp.max(peak, axis=1, keepdims=True)  # [blocks,1]
       peak = jnp.broadcast_to(peak, (peak.shape[0], _tpu.LANES)).T[:1]
-      peaks[0, 0, 0, 0, pl.ds(r, 1), :] = peak
+      peaks[0, 0, 0, pl.ds(r, 1), :] = peak
     return 0
 
   jax.lax.fori_loop(0, count, finish, 0)
@@ -233,53 +235,55 @@ def forward(
   head_lists: int,
   block_max: bool,
   out_dtype: Any,
-  interpret: Any,
+  **compiler: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-  """Attention of every query block to the key blocks of every range of keys.
+  """Attention of every query block to the listed ones of a range of key blocks.
 
-  Letters: G query heads of each of K key heads; R ranges of X key blocks; Y steps of c query blocks
-  (bq, bk tokens).
+  Letters: G query heads of each of K key heads; X key blocks in the range; Y steps of c query
+  blocks (bq, bk tokens).
 
   Args:
-    jobs: i32 ``[batch_lists * head_lists * R * Y, 1, W]``: trips without masks, trips in all, and
-      a step's tiles packed. Row c is no row: tiles that fill up the last trip.
-    q: ``[B,K*G,Y,c,H,bq]``. k: ``[B,K,R,X,bk,H]``. v: ``[B,K,R,X,Hv,bk]``.
-    ids: i32 ``[B,Y,c,bq]`` and ``[B,R,X,bk]``.
+    jobs: i32 ``[batch_lists * head_lists * Y, 1, W]``: trips of full tiles of one row, trips in
+      all, first block of the range, and a step's tiles packed. Row c is no row: tiles that fill up
+      the last trip.
+    q: ``[B,K*G,Y,c,H,bq]``. k: ``[B,K,X,bk,H]``. v: ``[B,K,X,Hv,bk]``.
+    ids: i32 ``[B,Y,c,bq]`` and ``[B,X,bk]``.
 
   Returns:
-    out ``[R,B,K*G,Y,c,Hv,bq]``, lse f32 ``[R,B,K*G,Y,c,bq]``, and with block_max the largest
-    attention weight of each tile, f32 ``[R,B,K*G,Y,c,X]`` (X rounded up), 0 if not listed.
+    out ``[B,K*G,Y,c,Hv,bq]``, lse f32 ``[B,K*G,Y,c,bq]``, and with block_max the largest attention
+    weight of each tile, f32 ``[B,K*G,Y,c,X]`` (X rounded up), 0 if not listed.
   """
   B, N, Y, c, H, bq = q.shape
-  K, R, X, bk = k.shape[1:5]
-  Hv, W = v.shape[4], jobs.shape[-1]
+  K, X, bk = k.shape[1:4]
+  Hv, W = v.shape[3], jobs.shape[-1]
   G = N // K
 
-  def head(kh, g):
-    return kh * G + g
-
-  def of_step(b, kh, r, g, y):
+  def of_step(b, kh, g, y):
     of_batch = b if batch_lists > 1 else 0
-    of_head = jax.lax.div(head(kh, g), N // head_lists)
-    return (((of_batch * head_lists + of_head) * R + r) * Y + y, 0, 0)
+    of_head = jax.lax.div(kh * G + g, N // head_lists)
+    return ((of_batch * head_lists + of_head) * Y + y, 0, 0)
+
+  def passing(*shape):
+    index = (0,) * len(shape)
+    return pl.BlockSpec((1, 1, 1, *shape), lambda b, kh, g, y: (b, kh * G + g, y, *index))
+
+  def staying(*shape):
+    return pl.BlockSpec((1, 1, *shape), lambda b, kh, g, y: (b, kh, 0, 0, 0))
 
   in_specs = [
     pl.BlockSpec((1, 1, W), of_step, memory_space=pltpu.SMEM),
-    pl.BlockSpec((1, 1, 1, c, H, bq), lambda b, kh, r, g, y: (b, head(kh, g), y, 0, 0, 0)),
-    pl.BlockSpec((1, 1, 1, X, bk, H), lambda b, kh, r, g, y: (b, kh, r, 0, 0, 0)),
-    pl.BlockSpec((1, 1, 1, X, Hv, bk), lambda b, kh, r, g, y: (b, kh, r, 0, 0, 0)),
+    passing(c, H, bq),
+    staying(X, bk, H),
+    staying(X, Hv, bk),
   ]
   if ids is not None:
-    in_specs.append(pl.BlockSpec((1, 1, c, bq), lambda b, kh, r, g, y: (b, y, 0, 0)))
-    in_specs.append(pl.BlockSpec((1, 1, X, bk), lambda b, kh, r, g, y: (b, r, 0, 0)))
+    in_specs.append(pl.BlockSpec((1, 1, c, bq), lambda b, kh, g, y: (b, y, 0, 0)))
+    in_specs.append(pl.BlockSpec((1, X, bk), lambda b, kh, g, y: (b, 0, 0)))
   out_shape = [
-    jax.ShapeDtypeStruct((R, B, N, Y, c, Hv, bq), out_dtype),
-    jax.ShapeDtypeStruct((R, B, N, Y, c, bq), jnp.float32),
+    jax.ShapeDtypeStruct((B, N, Y, c, Hv, bq), out_dtype),
+    jax.ShapeDtypeStruct((B, N, Y, c, bq), jnp.float32),
   ]
-  out_specs = [
-    pl.BlockSpec((1, 1, 1, 1, c, Hv, bq), lambda b, kh, r, g, y: (r, b, head(kh, g), y, 0, 0, 0)),
-    pl.BlockSpec((1, 1, 1, 1, c, bq), lambda b, kh, r, g, y: (r, b, head(kh, g), y, 0, 0)),
-  ]
+  out_specs = [passing(c, Hv, bq), passing(c, bq)]
   scratch = [
     pltpu.VMEM((c + 1, Hv, bq), jnp.float32),
     pltpu.VMEM((c + 1, 1, bq), jnp.float32),
@@ -287,13 +291,11 @@ def forward(
   ]
   if block_max:
     most = pl.cdiv(X, _tpu.LANES) * _tpu.LANES
-    out_shape.append(jax.ShapeDtypeStruct((R, B, N, Y, c, most), jnp.float32))
-    out_specs.append(
-      pl.BlockSpec((1, 1, 1, 1, c, most), lambda b, kh, r, g, y: (r, b, head(kh, g), y, 0, 0))
-    )
+    out_shape.append(jax.ShapeDtypeStruct((B, N, Y, c, most), jnp.float32))
+    out_specs.append(passing(c, most))
     scratch.append(pltpu.VMEM((c + 1, most, bq), jnp.float32))
 
-  tiles = B * N * R * Y * (W - 2)  # at most: how many, only the lists know
+  tiles = B * N * Y * (W - HEADER)  # at most: how many, only the lists know
   outputs = _tpu.call(
     functools.partial(
       _kernel, rule=rule, per_trip=per_trip, has_ids=ids is not None, block_max=block_max
@@ -302,17 +304,16 @@ def forward(
     out_shape=tuple(out_shape),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=0,
-      grid=(B, K, R, G, Y),
+      grid=(B, K, G, Y),
       in_specs=in_specs,
       out_specs=tuple(out_specs),
       scratch_shapes=scratch,
     ),
-    dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary"),
+    dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
     flops=2 * tiles * bq * bk * (H + Hv),
-    bytes_accessed=q.nbytes + k.nbytes + v.nbytes + jobs.nbytes + 2 * R * q.nbytes,
+    bytes_accessed=q.nbytes + k.nbytes + v.nbytes + jobs.nbytes + 2 * q.nbytes,
     transcendentals=tiles * bq * bk,
-    interpret=interpret,
-    vmem_limit_bytes=_tpu.chip().vmem_bytes * 15 // 16,
     disable_bounds_checks=True,
+    **compiler,
   )(jobs, q, k, v, *(ids or ()))
   return outputs if block_max else (*outputs, None)

@@ -41,13 +41,13 @@ class TPUConfig:
   """How the TPU kernels go through the lists; block sizes are the pattern's.
 
   Attributes:
-    tiles_per_trip: full key blocks a trip of the forward loop takes; None: as many as make 512
-      keys. What is left of a row goes one tile a trip.
+    tiles_per_trip: key blocks a trip of the forward loop takes; None: as many as make 512 keys.
     backward_tiles_per_trip: the same for query blocks, backward; None: as many as make 256 queries.
     rows_per_step: most rows of the lists that one grid step takes; None: as many as make 1,024
       tokens and take a quarter of the chip's VMEM.
     resident_bytes: VMEM for what stays there over many rows (forward: K and V, backward: queries,
-      cotangents, dq); None: half of the chip's. Longer sequences are cut into ranges.
+      cotangents, dq); None: half of the chip's. Longer sequences are cut into ranges, one
+      call of the kernel each.
   """
 
   tiles_per_trip: int | None = None
@@ -83,6 +83,11 @@ class Plan:
   config: TPUConfig
   block_max: bool
   interpret: Any
+  chip: _tpu.Chip
+
+  @property
+  def compiler(self) -> dict[str, Any]:
+    return dict(interpret=self.interpret, vmem_limit_bytes=self.chip.vmem_bytes * 15 // 16)
 
   @property
   def forward_tiles(self) -> int:
@@ -109,7 +114,7 @@ class Plan:
   def _layout(self, row, row_tokens, passing, block, block_tokens, staying, size) -> Layout:
     """``passing``, ``staying``: VMEM of a row and of a block, with the copy under way."""
     rows, blocks = -(-row_tokens // row), -(-block_tokens // block)
-    vmem = _tpu.chip().vmem_bytes * 7 // 8
+    vmem = self.chip.vmem_bytes * 7 // 8
     c = self.config.rows_per_step or min(_TOKENS_PER_STEP // row, vmem // 4 // passing)
     c = max(min(c, rows, MAX_ROWS - 1), 1)
     # A tile of logits is held several times over: seen in the compiler's placement of spills.
@@ -119,7 +124,7 @@ class Plan:
       raise Unsupported(
         f"block_sparse_attention: mosaic_tpu needs {c * passing + tiles + staying} bytes of VMEM "
         f"for blocks of {self.rule.block_q} x {self.rule.block_kv} and the compiler has {vmem} on "
-        f"{_tpu.chip().name}; use smaller blocks or implementation='xla'."
+        f"{self.chip.name}; use smaller blocks or implementation='xla'."
       )
     fit = max(min(self.config.resident_bytes or vmem // 2, free) // staying, 1)
     ranges = -(-blocks // fit)
@@ -154,7 +159,7 @@ def block_sparse_attention(
   block_q, block_kv = blocks.block_q, blocks.block_kv
   tail = S % block_kv != 0 and not causal  # else no query of the T sees keys past S
   rule = Rule(T, S, block_q, block_kv, causal, window, tail, logit_cap, scale)
-  plan = Plan(rule, config or TPUConfig(), block_max, interpret)
+  plan = Plan(rule, config or TPUConfig(), block_max, interpret, _tpu.chip())
   _check(q, k, v, plan)
   lists = tile_lists(blocks, T=T, S=S, causal=causal, window=window, segment_ids=segment_ids)
   if segment_ids is not None:
@@ -194,35 +199,42 @@ def _forward(plan: Plan, q, k, v, lists: tuple[Lists, Lists], ids):
   B, T, N, _ = q.shape
   S, H, Hv = k.shape[1], k.shape[3], v.shape[3]
   Y, c, R, X = plan.forward_layout(T, S, H, Hv, dtype)
-  scaled = (q.astype(jnp.float32) * rule.query_scale).astype(dtype)
-  out, lse, peak = forward(
-    _jobs(lists[0], R, X, c, Y, plan.forward_tiles, filler=c),
-    _lanes(scaled, rule.block_q, (Y, c)),
-    _sublanes(k.astype(dtype), rule.block_kv, (R, X)),
-    _lanes(v.astype(dtype), rule.block_kv, (R, X)),
-    _ids(ids, (rule.block_q, Y, c), (rule.block_kv, R, X)),
-    rule=rule,
-    per_trip=plan.forward_tiles,
-    batch_lists=lists[0].num.shape[0],
-    head_lists=lists[0].num.shape[1],
-    block_max=plan.block_max,
-    out_dtype=dtype if R == 1 else jnp.float32,
-    interpret=plan.interpret,
-  )
-  if R > 1:  # attention to disjoint keys: weigh each by its share of the mass
-    top = jnp.max(lse, axis=0)
-    share = jnp.exp(lse - jnp.where(top > -jnp.inf, top, 0.0))
-    mass = jnp.sum(share, axis=0)
+  queries = _lanes((q.astype(jnp.float32) * rule.query_scale).astype(dtype), rule.block_q, (Y, c))
+  q_ids, kv_ids = _ids(ids, (rule.block_q, Y, c), (rule.block_kv, R, X))
+
+  def attend(jobs, keys, values, kv_ids):
+    return forward(
+      jobs, queries, keys, values, None if ids is None else (q_ids, kv_ids),
+      rule=rule, per_trip=plan.forward_tiles, batch_lists=lists[0].num.shape[0],
+      head_lists=lists[0].num.shape[1], block_max=plan.block_max,
+      out_dtype=dtype if R == 1 else jnp.float32, **plan.compiler,
+    )  # fmt: skip
+
+  def merge(carry, of_range):  # attention to disjoint keys: each weighs by its share of the mass
+    out, lse = carry
+    more, of_more, _ = attend(*of_range)
+    top = jnp.maximum(lse, of_more)
+    top = jnp.where(top > -jnp.inf, top, 0.0)
+    weights = jnp.exp(lse - top), jnp.exp(of_more - top)
+    mass = weights[0] + weights[1]
     some = mass > 0
-    out = jnp.sum(out * share[..., None, :], axis=0)
-    out = out / jnp.where(some, mass, 1.0)[..., None, :]
-    lse = jnp.where(some, top + jnp.log(jnp.where(some, mass, 1.0)), -jnp.inf)
-  else:
-    out, lse = out[0], lse[0]
+    safe = jnp.where(some, mass, 1.0)
+    parts = [(w / safe)[..., None, :] * x for w, x in zip(weights, (out, more))]
+    return (parts[0] + parts[1], jnp.where(some, top + jnp.log(safe), -jnp.inf)), None
+
+  xs = (
+    _jobs(lists[0], R, X, c, Y, plan.forward_tiles, filler=c),
+    jnp.moveaxis(_sublanes(k.astype(dtype), rule.block_kv, (R, X)), 2, 0),
+    jnp.moveaxis(_lanes(v.astype(dtype), rule.block_kv, (R, X)), 2, 0),
+    None if ids is None else jnp.moveaxis(kv_ids, 1, 0),
+  )
+  out, lse, peak = attend(*jax.tree.map(lambda x: x[0], xs))
+  if R > 1:
+    (out, lse), _ = jax.lax.scan(merge, (out, lse), jax.tree.map(lambda x: x[1:], xs))
   out = _tokens(out, T).astype(q.dtype)
   lse = lse.reshape(B, N, -1)[..., :T]
   if peak is not None:
-    peak = peak[0].reshape(B, N, Y * c, -1)
+    peak = peak.reshape(B, N, Y * c, -1)
     peak = peak[:, :, : -(-T // rule.block_q), : -(-S // rule.block_kv)]
   return (out, lse, peak), (q, k, v, out, lse, lists, ids)
 
@@ -240,37 +252,48 @@ def _backward(plan: Plan, saved, cotangents):
   di = jnp.where(some, di - dlse, 0.0)
   base2 = jnp.where(some, lse * LOG2E, jnp.inf)
   keys = _sublanes(k.astype(dtype), rule.block_kv, (Y, c))
+  keys_t, values = keys.swapaxes(-1, -2), _sublanes(v.astype(dtype), rule.block_kv, (Y, c))
+  q_ids, kv_ids = _ids(ids, (rule.block_q, R, X), (rule.block_kv, Y, c))
 
   def rows_of(x, nothing):  # [B,N,R,X+1,block_q]: the last row of a range weighs nothing
     x = _padded(x, 2, R * X * rule.block_q, nothing).reshape(B, N, R, X, rule.block_q)
     return _padded(x, 3, X + 1, nothing)
 
-  dq, dk, dv = backward(
+  def add(sums, of_range):
+    jobs, queries, cotangents, base2, di, q_ids = of_range
+    dq, *more = backward(
+      jobs, queries, cotangents, base2, di, keys, keys_t, values,
+      None if ids is None else (q_ids, kv_ids),
+      rule=rule, per_trip=plan.backward_tiles, batch_lists=lists.num.shape[0],
+      head_lists=lists.num.shape[1], sum_dtype=dtype if N == K and R == 1 else jnp.float32,
+      **plan.compiler,
+    )  # fmt: skip
+    more = [x.reshape(B, K, N // K, *x.shape[2:]) for x in more]  # query heads of a key head
+    more = [jnp.sum(x, axis=2, dtype=jnp.float32) for x in more]
+    return [x + y for x, y in zip(sums, more)] if sums else more, dq
+
+  xs = (
     _jobs(lists, R, X, c, Y, plan.backward_tiles, filler=X << ROW_BITS),
-    _lanes(scaled, rule.block_q, (R, X)),
-    _lanes(dout.astype(dtype), rule.block_q, (R, X)),
-    rows_of(base2, jnp.inf),
-    rows_of(di, 0.0),
-    keys,
-    keys.swapaxes(-1, -2),
-    _sublanes(v.astype(dtype), rule.block_kv, (Y, c)),
-    _ids(ids, (rule.block_q, R, X), (rule.block_kv, Y, c)),
-    rule=rule,
-    per_trip=plan.backward_tiles,
-    batch_lists=lists.num.shape[0],
-    head_lists=lists.num.shape[1],
-    sum_dtype=dtype if R * (N // K) == 1 else jnp.float32,
-    interpret=plan.interpret,
+    *(
+      jnp.moveaxis(x, 2, 0)
+      for x in (
+        _lanes(scaled, rule.block_q, (R, X)),
+        _lanes(dout.astype(dtype), rule.block_q, (R, X)),
+        rows_of(base2, jnp.inf),
+        rows_of(di, 0.0),
+      )
+    ),
+    None if ids is None else jnp.moveaxis(q_ids, 1, 0),
   )
-
-  def over_queries(x):  # ranges of queries, and the query heads of a key head
-    x = x.astype(jnp.float32).reshape(R, B, K, N // K, *x.shape[3:])
-    return _tokens(jnp.sum(x, axis=(0, 3)), S)
-
+  (dk, dv), dq = add((), jax.tree.map(lambda x: x[0], xs))
+  dq = dq[None]
+  if R > 1:  # one range after the other: sums for each of them would not fit in memory
+    (dk, dv), rest = jax.lax.scan(add, [dk, dv], jax.tree.map(lambda x: x[1:], xs))
+    dq = jnp.concatenate([dq, rest])
   key_scale = LN2 if rule.logit_cap is None else rule.logit_cap
-  dq = (_tokens(dq, T) * rule.scale).astype(q.dtype)
-  dk = (over_queries(dk) * key_scale).astype(k.dtype)
-  return dq, dk, over_queries(dv).astype(v.dtype), None, None
+  dq = (_tokens(jnp.moveaxis(dq, 0, 2), T) * rule.scale).astype(q.dtype)
+  dk = (_tokens(dk, S) * key_scale).astype(k.dtype)
+  return dq, dk, _tokens(dv, S).astype(v.dtype), None, None
 
 
 _attend.defvjp(_forward, _backward)
@@ -305,9 +328,9 @@ def _tokens(x: jax.Array, length: int) -> jax.Array:
 
 
 def _ids(ids, queries: tuple[int, int, int], keys: tuple[int, int, int]):
-  """Ids of queries and of keys in blocks, -1 behind; None stays None."""
+  """Ids of queries and of keys in blocks, -1 behind."""
   if ids is None:
-    return None
+    return None, None
   made = []
   for x, (block, *split) in zip(ids, (queries, keys)):
     x = _padded(x.astype(jnp.int32), 1, split[0] * split[1] * block, -1)
@@ -318,12 +341,12 @@ def _ids(ids, queries: tuple[int, int, int], keys: tuple[int, int, int]):
 def _jobs(
   lists: Lists, ranges: int, size: int, c: int, steps: int, per_trip: int, filler: int
 ) -> jax.Array:
-  """i32 ``[Bm*Hm*ranges*steps, 1, 2 + W]``: what each grid step has to do, tile by tile.
+  """i32 ``[ranges, Bm*Hm*steps, 1, 3 + W]``: what each grid step has to do, tile by tile.
 
   First the trips that take full tiles of one row only, then what is left of all c rows of the step,
   one after the other; ``filler`` completes the last trip. Before them: the number of trips of the
-  first kind, and of both. A range lists what of a row's list is in the range, counted from its
-  first block.
+  first kind, of both, and the first block of the range. A range lists what of a row's list is in
+  it, counted from its first block.
   """
   num_full, num, idx = (x[:, :, None] for x in lists)  # [Bm,Hm,1,Nx(,C)]
   if ranges > 1:
@@ -358,5 +381,7 @@ def _jobs(
   block = jnp.take_along_axis(idx, jnp.clip(row * C + slot, 0, c * C - 1), axis=-1)
   jobs = jnp.where(at < count, block << ROW_BITS | row, filler)
   plain, trips = full_end[..., -1:] // per_trip, (count + per_trip - 1) // per_trip
-  jobs = jnp.concatenate([plain, trips, jobs], axis=-1)
-  return jobs.reshape(-1, 1, jobs.shape[-1])
+  first = jnp.arange(ranges, dtype=jnp.int32)[:, None, None] * size
+  first = jnp.broadcast_to(first, plain.shape)
+  jobs = jnp.moveaxis(jnp.concatenate([plain, trips, first, jobs], axis=-1), 2, 0)
+  return jobs.reshape(ranges, -1, 1, jobs.shape[-1])

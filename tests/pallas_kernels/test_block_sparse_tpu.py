@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +14,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 import pallas_kernels
-from pallas_kernels import Unsupported
+from pallas_kernels import Unsupported, _aot
 from pallas_kernels._specs import Spec
 from pallas_kernels.block_sparse_attention import BlockPattern, block_sparse_attention, tile_lists
 from pallas_kernels.block_sparse_attention import _tpu_cost as cost
@@ -63,7 +67,7 @@ def test_jobs_hold_every_tile_once(ranges, per_trip):
     pattern, T=rows * 128, S=blocks * 128, causal=True, window=None, segment_ids=None
   )
   jobs = np.asarray(_jobs(lists, ranges, size, c, steps, per_trip, filler=c))
-  jobs = jobs.reshape(2, ranges, steps, -1)
+  jobs = jobs.reshape(ranges, 2, steps, -1)
   for h in range(2):
     wanted = {}
     for row in range(rows):
@@ -73,7 +77,8 @@ def test_jobs_hold_every_tile_once(ranges, per_trip):
     seen = set()
     for r in range(ranges):
       for step in range(steps):
-        plain, trips, *packed = jobs[h, r, step]
+        plain, trips, first, *packed = jobs[r, h, step]
+        assert first == r * size
         assert trips * per_trip <= len(packed)
         for trip in range(trips):
           mine = packed[trip * per_trip : (trip + 1) * per_trip]
@@ -171,7 +176,27 @@ def test_trips_are_counted_as_the_kernel_makes_them():
   mask.flat[chosen] = True
   blocks = BlockPattern.from_dense(mask[None, None], block_q=128, block_kv=128)
   lists, _ = tile_lists(blocks, T=spec.T, S=spec.T, causal=True, window=None, segment_ids=None)
-  jobs = np.asarray(_jobs(lists, 1, 16, 8, 2, 4, filler=8))[:, 0]
+  jobs = np.asarray(_jobs(lists, 1, 16, 8, 2, 4, filler=8))[0, :, 0]
   assert trips.full == jobs[:, 0].sum()
   assert trips.full + trips.rest == jobs[:, 1].sum()
   assert trips.tiles == mask.sum()
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(not _aot.available(), reason="libtpu is not installed (the `aot` extra)")
+@pytest.mark.parametrize(
+  ("spec", "forward", "backward"), [("dense", 1.0, 1.0), ("dense-128", 0.6, 0.7)]
+)
+def test_cycles_against_splash(spec, forward, backward):
+  command = [sys.executable, "-m", "pallas_kernels.static_cost", "block_sparse_attention"]
+  command += ["--topology", "v5e", "--spec", spec, "--against", "splash", "--json"]
+  done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+  assert done.returncode == 0, done.stderr[-3000:]
+  (report,) = json.loads(done.stdout)
+
+  def bundles(kernels, way):  # per tile of the loop that runs most
+    loops = [x for k in report[kernels] if k["backward"] == way for x in k["loops"]]
+    return max(loops, key=lambda x: x["bundles"] * x["trips"])["bundles_per_unit"]
+
+  assert bundles("kernels", False) <= forward * bundles("against", False)
+  assert bundles("kernels", True) <= backward * bundles("against", True)
