@@ -7,9 +7,9 @@
 Compiles the op's ``mosaic_tpu`` implementation for the named TPU and prints, for every kernel, its
 VMEM, spills, bundles (cycles) of the inner loops for each unit of work, and the share of the matrix
 units' peak that these loops reach; for the whole call, temporary memory, the cycles of all loops,
-and the roofline time of the chip. Bundles are what the program issues. Two waits are not in them: for
-memory, and for the matrix units, which may take longer for a product than its issue; where they do,
-their time is what counts as cycles.
+and the roofline time of the chip. Bundles are what the program issues. Two waits are not in them:
+for memory, and for the matrix units, which may take longer for a product than its issue; where they
+do, their time is what counts as cycles.
 
 Needs libtpu: ``pip install 'jaxdec[aot]'``.
 """
