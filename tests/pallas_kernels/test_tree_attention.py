@@ -25,7 +25,6 @@ from pallas_kernels.tree_attention import (
 )
 
 IMPLEMENTATIONS = ("xla", "mosaic_tpu")
-DIFFERENTIABLE = ("q", "k_cache", "v_cache", "k_nodes", "v_nodes")
 
 
 def on(implementation, interpret=True):
@@ -97,10 +96,11 @@ class Case:
 
   def run(self, implementation, arrays, others, **kwargs):
     config = None if implementation == "reference" else self.config(implementation)
-    return tree_attention(
-      **arrays, **others, **dict(self.options), cache_layout=self.layout, return_lse=True,
-      implementation=implementation, config=config, **kwargs,
+    call = functools.partial(
+      tree_attention, **dict(self.options), cache_layout=self.layout, return_lse=True,
+      implementation=implementation, config=config,
     )  # fmt: skip
+    return jax.jit(lambda kw: call(**kw))({**arrays, **others, **kwargs})
 
 
 CASES = {
@@ -113,14 +113,16 @@ CASES = {
   "nodes256-row-tiles": Case(M=256, S=256, lengths=(131,), N=2, K=1, rows=176),
   "window": Case(M=9, S=640, lengths=(600, 77), options=(("window", 150),), block=128),
   "window-tiny": Case(M=9, S=320, lengths=(320, 2), options=(("window", 2),), block=256),
-  "cap-scale": Case(options=(("logit_cap", 3.0), ("scale", 0.5))),
-  "BSKH": Case(M=3, S=96, lengths=(50, 96), layout="BSKH"),
-  "prefix": Case(M=4, S=64, lengths=(0, 33), P=130),
+  "BSKH": Case(
+    M=3, S=96, lengths=(50, 96), layout="BSKH", options=(("logit_cap", 3.0), ("scale", 0.5))
+  ),
   "prefix-window": Case(M=4, S=64, lengths=(9, 33), P=70, options=(("window", 40),)),
   "bf16": Case(M=5, S=256, lengths=(200, 17), dtype="bfloat16", H=128, V=128),
-  "rows-along-sublanes": Case(M=64, S=256, lengths=(200,), N=2, K=1, transposed=False),
   "rows-along-lanes": Case(M=3, S=256, lengths=(0, 200), N=2, K=2, transposed=True),
 }
+
+# The TPU kernel's backward pass is XLA's, from its own outputs: what differs shows in these.
+KERNEL_GRADIENTS = ("tree", "window", "BSKH", "prefix-window", "bf16")
 
 
 @functools.cache
@@ -137,10 +139,13 @@ def definition(name):
 def test_outputs_and_gradients(implementation, name):
   case = CASES[name]
   arrays, others = case.arrays()
-  with on(implementation):
-    got = value_and_gradients(lambda **a: case.run(implementation, a, others), arrays)
-  assert got["out"][0].dtype == case.dtype and got["out"][1].dtype == jnp.float32
   expected = definition(name)
+  with on(implementation):
+    if implementation == "mosaic_tpu" and name not in KERNEL_GRADIENTS:
+      got, expected = {"out": case.run(implementation, arrays, others)}, {"out": expected["out"]}
+    else:
+      got = value_and_gradients(lambda **a: case.run(implementation, a, others), arrays)
+  assert got["out"][0].dtype == case.dtype and got["out"][1].dtype == jnp.float32
   lse, wanted = got["out"][1], expected["out"][1]
   np.testing.assert_array_equal(jnp.isneginf(lse), jnp.isneginf(wanted))
   clean = lambda t: jax.tree.map(lambda x: jnp.where(jnp.isneginf(x), 0, x), t)  # noqa: E731
