@@ -74,10 +74,11 @@ class Case:
     config = (
       self.config if isinstance(self.config, XLAConfig) == (implementation == "xla") else None
     )
-    return selective_scan(
-      **arrays, segment_ids=self.segment_ids(), chunk_size=self.chunk,
+    call = functools.partial(
+      selective_scan, segment_ids=self.segment_ids(), chunk_size=self.chunk,
       implementation=implementation, config=None if implementation == "reference" else config,
     )  # fmt: skip
+    return jax.jit(lambda kw: call(**kw))(arrays)
 
 
 CASES = {
