@@ -2,8 +2,8 @@
 """Compile for a TPU that is not here, and read the schedule the compiler made.
 
 A TPU core issues one VLIW bundle a cycle in an order fixed at compile time, so the bundles of a
-loop body times its trips are a repeatable, noise-free cost. Waits are not in it: for memory, and for
-matrix units that are at their peak (see ``static_cost``).
+loop body times its trips are a repeatable, noise-free cost. Waits are not in it: for memory, and
+for matrix units that are at their peak (see ``static_cost``).
 
 Needs libtpu (``pip install 'jaxdec[aot]'``), which reads its environment once, when first loaded:
 call ``prepare`` before anything else of this module, in a process that uses no TPU.

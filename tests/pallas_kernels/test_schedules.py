@@ -79,6 +79,7 @@ def test_units_per_trip_and_own_bundles(schedule):
     Inner("kernel", (0,), "row", 1, 0, trips=10),
     Inner("kernel", (0, 0), "tile", 2, 3 * on.macs_per_cycle, trips=50),
     Inner("another", (0,), "tile", 1, 1, trips=1),
+    Inner("kernel", (0, 2), "unrolled", 1, 1, trips=1),
   ]
   report = static_cost.kernel_report(schedule, inner, on, backward=False)
   row, tile = report.loops
@@ -121,7 +122,7 @@ def test_without_libtpu_it_says_what_to_install(capsys, monkeypatch):
 def test_the_command_prints_a_report():
   """In a process of its own: libtpu reads its environment once."""
   command = [sys.executable, "-m", "pallas_kernels.static_cost", "block_sparse_attention"]
-  command += ["--topology", "v5e", "--shape", "T=512,N=1,K=1", "--against", "splash", "--json"]
+  command += ["--topology", "v5e", "--shape", "T=2048,N=2,K=2", "--against", "splash", "--json"]
   done = subprocess.run(command, capture_output=True, text=True, timeout=300)
   assert done.returncode == 0, done.stderr[-2000:]
   (report,) = json.loads(done.stdout)

@@ -14,7 +14,12 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels.selective_scan import TPUConfig, XLAConfig, selective_scan
-from pallas_kernels.testing import TOLERANCE, assert_close, relative_rms, value_and_gradients
+from pallas_kernels.testing import (
+  TOLERANCE,
+  assert_close,
+  relative_rms,
+  value_and_gradients,
+)
 
 IMPLEMENTATIONS = ("xla", "mosaic_tpu")
 

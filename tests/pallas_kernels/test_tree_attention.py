@@ -14,7 +14,13 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 import pallas_kernels
-from pallas_kernels.testing import TOLERANCE, assert_close, relative_rms, value_and_gradients
+from pallas_kernels.testing import (
+  COMPILE_ONCE,
+  TOLERANCE,
+  assert_close,
+  relative_rms,
+  value_and_gradients,
+)
 from pallas_kernels.tree_attention import (
   TPUConfig,
   XLAConfig,
@@ -164,7 +170,9 @@ def test_tree_equals_each_path_alone(implementation):
   case = Case(M=12, S=128, lengths=(0, 70), N=4, K=2)
   arrays, others = case.arrays(3)
   with on(implementation):
-    out, lse = jax.jit(lambda a: case.run(implementation, a, others))(arrays)
+    out, lse = jax.jit(
+      lambda a: case.run(implementation, a, others), compiler_options=COMPILE_ONCE
+    )(arrays)
   a = {name: np.asarray(x, np.float64) for name, x in arrays.items()}
   for b, length in enumerate(case.lengths):
     for i in range(case.M):
