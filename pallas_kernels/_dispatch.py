@@ -134,9 +134,14 @@ class Op:
           f"{', '.join(NAMES)}."
         )
     if config is not None and not any(isinstance(config, self.configs.get(n, ())) for n in names):
-      known = ", ".join(f"{c.__name__} ({n})" for n, c in self.configs.items()) or "none"
+      known = ", ".join(f"{_path(c)} ({n})" for n, c in self.configs.items()) or "none"
       raise ValueError(
-        f"{self.name}: config {type(config).__name__} is for none of the implementations asked for "
+        f"{self.name}: config {_path(type(config))} is for none of the implementations asked for "
         f"({', '.join(names) or implementation}); the configs of this op are: {known}."
       )
     return names
+
+
+def _path(cls: type) -> str:
+  """With its module: every op has an ``XLAConfig``."""
+  return f"{cls.__module__}.{cls.__qualname__}"

@@ -87,7 +87,7 @@ def test_a_config_chooses_its_implementation(op):
     op(1, config=Blocks(4))
   with pytest.raises(ValueError, match=r"Blocks \(mosaic_tpu\)"):
     op(1, implementation="xla", config=Blocks(4))
-  with pytest.raises(ValueError, match="config int is for none"):
+  with pytest.raises(ValueError, match=r"config builtins\.int is for none"):
     op(1, config=3)
 
 
