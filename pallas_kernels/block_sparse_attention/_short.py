@@ -2,9 +2,8 @@
 """Attention under a static rule over short sequences: one block of queries at a time, unrolled.
 
 Each block meets only the keys that the rule can show it, in one softmax, so the causal half and
-what lies before a window are never computed. No lists and no loop whose length is data: on a CPU
-that is 2 to 3 times as fast as the general form at T = 256, and the weights that autodiff keeps are
-small at such lengths.
+what lies before a window are never computed. There are no lists and no loop whose length is data,
+which at such lengths cost a CPU more than they save; the weights that autodiff keeps are small.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 _BLOCK = 128
-LONGEST = 512  # queries or keys; from 1024 on the general form is faster
+LONGEST = 512  # queries or keys; longer ones gain from the general form in most shapes
 
 
 def short_attention(
