@@ -130,7 +130,7 @@ def utilisation(chips: tuple[str, ...]) -> list[dict]:
 def memory(name: str = "v5p") -> list[dict]:
   """Temporary bytes of forward + backward at T = 65,536, B N = 16, H = 128.
 
-  Beside plain autodiff through the chunked form in XLA (all chunks at once, nothing recomputed).
+  Beside plain autodiff through the chunked form in XLA, which recomputes nothing.
   ``[B,T,N*H]``: q, k, v and their gradients as a model's projections have them; from ``[B,T,N,H]``
   in memory a TPU must first move the heads out of the way, and linear attention's kernels pay it.
   """
@@ -196,18 +196,16 @@ def _arm(op: str, spec: Any, arm: str) -> tuple[Callable, Any]:
   return plain, arguments
 
 
-def _plain_linear_attention(*arrays, config=None, **static):
+def _plain_linear_attention(*arrays, chunk_size=None, config=None, **static):
   from pallas_kernels.linear_attention import xla
 
-  return xla._chunked(*arrays, **{k: v for k, v in static.items() if v is not None})
+  return xla._chunked(*arrays, **static)
 
 
-def _plain_delta_rule(*arrays, scale, chunk_size=None, config=None):
+def _plain_delta_rule(*arrays, config=None, **static):
   from pallas_kernels.delta_rule import xla
 
-  (*tokens, state), plan, length = xla._plan(*arrays, scale, chunk_size, config)
-  out, state, _ = xla._forward(plan, tokens, state, save=False)
-  return out[:, :length], state
+  return xla._autodiff(*arrays, **static)
 
 
 _PLAIN = {"linear_attention": _plain_linear_attention, "delta_rule": _plain_delta_rule}
