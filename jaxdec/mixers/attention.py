@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxdec.mixers.base import Topology, write_rows
 from jaxdec.mixers.norms import Dense, NormConfig, RMSNorm
 from jaxdec.mixers.rope import RopeConfig, apply_rope
-from pallas_kernels.block_sparse_attention import block_sparse_attention
+from jaxdec.parallel.sequence import SequenceConfig, sharded
 from pallas_kernels.tree_attention import tree_attention
 
 MASKED = -1e30  # finite, so that a fully masked row gives a uniform, not a NaN, softmax
@@ -128,6 +128,7 @@ class Attention(nn.Module):
   norm: NormConfig = NormConfig()
   dtype: jnp.dtype = jnp.float32
   param_dtype: jnp.dtype = jnp.float32
+  sequence: SequenceConfig | None = None
 
   def setup(self):
     c = self.config
@@ -162,9 +163,10 @@ class Attention(nn.Module):
     c = self.config
     # Order goes by index, not by position, since packed documents restart their positions; inside a
     # segment the differences are the same.
-    out = block_sparse_attention(
-      q, k, v, None,
+    out = sharded.attention(
+      q, k, v,
       segment_ids=segment_ids, window=c.window, logit_cap=c.logit_cap, scale=c.scale,
+      config=self.sequence,
     )  # fmt: skip
     return self._output(out, x)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear attention with scalar decay as a mixer: linear attention, RetNet, Lightning, SSD-like.
+"""Linear attention with decay as a mixer: linear attention, RetNet, Lightning, SSD-like, GLA.
 
 The arithmetic is ``pallas_kernels.linear_attention`` and, for trees, ``jaxdec.mixers.linear_tree``;
 this module holds the parameters. The state of a row is one matrix a kv head, whatever the number of
@@ -24,10 +24,11 @@ from jaxdec.mixers.base import Topology, gather_nodes
 from jaxdec.mixers.linear_tree import leave_out, tree_linear_attention, update_state
 from jaxdec.mixers.norms import Dense, NormConfig, RMSNorm
 from jaxdec.mixers.rope import RopeConfig, apply_rope
+from jaxdec.parallel.sequence import SequenceConfig, sharded
 from pallas_kernels.linear_attention import linear_attention
 
 _CHOICES = {
-  "decay": ("none", "fixed", "data"),
+  "decay": ("none", "fixed", "data", "channel"),
   "feature_map": ("identity", "silu", "elu"),
 }
 _LADDERS = ("retention", "lightning")
@@ -42,7 +43,9 @@ class LinearAttentionConfig:
     num_kv_heads: K, keys, values and decays shared by N / K query heads (None: N); the state is per
       kv head.
     decay: ``none`` (g = 0); ``fixed`` (a constant per kv head, see ``slopes``); ``data``: a scalar
-      per kv head and token, ``g = -exp(A_log) * softplus(a(x) + dt_bias)`` (Mamba-2, 2405.21060).
+      per kv head and token, ``g = -exp(A_log) * softplus(a(x) + dt_bias)`` (Mamba-2, 2405.21060);
+      ``channel``: one per kv head, token and key channel, through a bottleneck of ``gate_rank``,
+      ``g = log sigmoid(x W1 W2 + b) / gate_normalizer`` (GLA, 2312.06635, section 4.4).
     slopes: what ``fixed`` uses: ``retention``, ``g_h = log(1 - 2^(-5-h))`` (2307.08621);
       ``lightning``, ``g_h = -2^(-8(h+1)/K)``, completed as in ALiBi where K is no power of two
       (2401.04658); or K numbers ``s_h >= 0`` for ``g_h = -s_h``.
@@ -59,8 +62,10 @@ class LinearAttentionConfig:
   head_dim: int
   num_kv_heads: int | None = None
   value_dim: int | None = None
-  decay: Literal["none", "fixed", "data"] = "data"
+  decay: Literal["none", "fixed", "data", "channel"] = "data"
   slopes: Literal["retention", "lightning"] | tuple[float, ...] = "retention"
+  gate_rank: int = 16
+  gate_normalizer: float = 16.0
   feature_map: Literal["identity", "silu", "elu"] = "silu"
   normalize: bool = False
   output_norm: bool = True
@@ -77,12 +82,14 @@ class LinearAttentionConfig:
       value = getattr(self, field)
       if value not in known:
         fail(f"{field}={value!r}{nearest(str(value), known)} is not one of {', '.join(known)}")
-    for field in ("num_heads", "head_dim", "kv_heads", "value_width"):
+    for field in ("num_heads", "head_dim", "kv_heads", "value_width", "gate_rank"):
       if getattr(self, field) < 1:
         fail(
           f"{field.replace('kv_heads', 'num_kv_heads')} must be at least 1, "
           f"got {getattr(self, field)}"
         )
+    if not self.gate_normalizer > 0:
+      fail(f"gate_normalizer must be positive, got {self.gate_normalizer}")
     size = self.chunk_size
     if size is not None and (size < 1 or size & (size - 1)):
       fail(f"chunk_size must be a power of two such as 64, or None, got {size}")
@@ -128,7 +135,7 @@ class LinearPending:
 
   k: Float[Array, "B M K H"]
   v: Float[Array, "B M K V"]
-  log_decay: Float[Array, "B M K"] | None
+  log_decay: Float[Array, "B M K"] | Float[Array, "B M K H"] | None
 
 
 def fixed_log_decay(config: LinearAttentionConfig) -> np.ndarray:
@@ -168,6 +175,7 @@ class LinearAttention(nn.Module):
   norm: NormConfig = NormConfig()
   dtype: jnp.dtype = jnp.float32
   param_dtype: jnp.dtype = jnp.float32
+  sequence: SequenceConfig | None = None
 
   def setup(self):
     c = self.config
@@ -189,6 +197,10 @@ class LinearAttention(nn.Module):
       for name, init in (("A_log", _init_a_log), ("dt_bias", _init_dt_bias)):
         init = nn.with_logical_partitioning(init, (None,))
         setattr(self, name, self.param(name, init, (c.kv_heads,), jnp.float32))
+    elif c.decay == "channel":
+      dtypes = (jnp.float32, self.param_dtype)  # float32: as above
+      self.decay_down = Dense(c.gate_rank, ("embed", None), False, *dtypes)
+      self.decay_up = Dense(c.kv_heads * c.head_dim, (None, "kv_heads"), True, *dtypes)
 
   def _project(self, x, positions):
     """``q, k, v, g``; with ``normalize`` v gets a column of ones, so that S also sums the keys."""
@@ -214,6 +226,9 @@ class LinearAttention(nn.Module):
     shape = (*x.shape[:2], c.kv_heads)
     if c.decay == "fixed":
       return jnp.broadcast_to(jnp.asarray(fixed_log_decay(c))[None, None], shape)
+    if c.decay == "channel":
+      gate = self.decay_up(self.decay_down(x.astype(jnp.float32)))
+      return jax.nn.log_sigmoid(gate).reshape(*shape, c.head_dim) / c.gate_normalizer
     step = jax.nn.softplus(self.a(x.astype(jnp.float32)) + self.dt_bias[None, None])
     return -jnp.exp(self.A_log)[None, None] * step
 
@@ -239,8 +254,16 @@ class LinearAttention(nn.Module):
     return out, state[:, ::group]
 
   def __call__(self, x, positions, segment_ids=None):
+    c = self.config
     q, k, v, g = self._project(x, positions)
-    out, _ = self._recurrence(q, k, v, g, segment_ids=segment_ids)
+    if sharded.ways(self.sequence) > 1:
+      out = sharded.recurrence(
+        q, k, v,
+        log_decay=g, segment_ids=segment_ids, scale=c.scale, chunk_size=c.chunk_size,
+        config=self.sequence,
+      )  # fmt: skip
+    else:
+      out, _ = self._recurrence(q, k, v, g, segment_ids=segment_ids)
     return self._output(out, x)
 
   def init_state(self, batch, capacity, dtype=None):

@@ -21,6 +21,7 @@ from jaxdec.mixers import build_mixer
 from jaxdec.mixers.base import Topology
 from jaxdec.mixers.norms import Dense, NormConfig, RMSNorm
 from jaxdec.models.config import DecoderConfig, LayerConfig, MLPConfig
+from jaxdec.parallel.sequence import SequenceConfig
 
 
 @struct.dataclass
@@ -79,9 +80,12 @@ class Block(nn.Module):
   norm: NormConfig = NormConfig()
   dtype: jnp.dtype = jnp.float32
   param_dtype: jnp.dtype = jnp.float32
+  sequence: SequenceConfig | None = None
 
   def setup(self):
-    self.mixer = build_mixer(self.config.mixer, self.dim, self.norm, self.dtype, self.param_dtype)
+    self.mixer = build_mixer(
+      self.config.mixer, self.dim, self.norm, self.dtype, self.param_dtype, sequence=self.sequence
+    )
     self.mlp = MLP(self.config.mlp, self.dim, self.dtype, self.param_dtype)
     self.mixer_norm = RMSNorm(self.norm, self.param_dtype)
     self.mlp_norm = RMSNorm(self.norm, self.param_dtype)
@@ -117,15 +121,23 @@ class _Group(nn.Module):
   norm: NormConfig
   dtype: jnp.dtype
   param_dtype: jnp.dtype
+  sequence: SequenceConfig | None
 
   @nn.compact
   def __call__(self, x, positions, segment_ids):
     inputs = []  # kept for ``capture``: the scan stacks them
     for j, config in enumerate(self.blocks):
       inputs.append(x)
-      block = Block(config, self.dim, self.norm, self.dtype, self.param_dtype, name=f"block_{j}")
-      x = block(x, positions, segment_ids)
+      block = Block(
+        config, self.dim, self.norm, self.dtype, self.param_dtype, self.sequence, name=f"block_{j}"
+      )
+      x = _placed(block(x, positions, segment_ids))
     return x, jnp.stack(inputs)
+
+
+def _placed(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+  """Activations lie as the logical rules in context say (if any): batch and length split."""
+  return nn.with_logical_constraint(x, ("batch", "length", None))
 
 
 def pattern(layers: tuple[LayerConfig, ...]) -> tuple[LayerConfig, ...]:
@@ -138,7 +150,8 @@ class Decoder(nn.Module):
   """A decoder-only language model; see ``DecoderConfig``.
 
   ``dtype`` is the compute type, ``param_dtype`` the type parameters are made in. Norm statistics,
-  softmax, and logits are float32. ``remat="full"`` recomputes each block in the backward pass.
+  softmax, and logits are float32. ``sequence`` says how layers compute where the mesh in context
+  splits sequences (``__call__`` only). ``remat="full"`` recomputes each block in the backward pass.
   """
 
   config: DecoderConfig
@@ -146,6 +159,7 @@ class Decoder(nn.Module):
   param_dtype: jnp.dtype = jnp.float32
   layout: Literal["unrolled", "scanned"] = "unrolled"
   remat: Literal["none", "full"] = "none"
+  sequence: SequenceConfig | None = None
 
   def setup(self):
     c = self.config
@@ -155,7 +169,9 @@ class Decoder(nn.Module):
       (c.vocab_size, c.dim),
       self.param_dtype,
     )
-    common = dict(dim=c.dim, norm=c.norm, dtype=self.dtype, param_dtype=self.param_dtype)
+    common = dict(
+      dim=c.dim, norm=c.norm, dtype=self.dtype, param_dtype=self.param_dtype, sequence=self.sequence
+    )
     if self.layout == "scanned":
       group = nn.remat(_Group, prevent_cse=False) if self.remat == "full" else _Group
       period = pattern(c.layers)
@@ -215,7 +231,7 @@ class Decoder(nn.Module):
     """Whole sequences without state (training and scoring)."""
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    x = self.embed(tokens)
+    x = _placed(self.embed(tokens))
     if self.layout == "scanned":
       x, inputs = self.stack(x, positions, segment_ids)
       stream = inputs.reshape(-1, *x.shape) if capture else ()
@@ -223,7 +239,7 @@ class Decoder(nn.Module):
       stream = []
       for layer in self.layers:
         stream.append(x)
-        x = layer(x, positions, segment_ids)
+        x = _placed(layer(x, positions, segment_ids))
     return self._output(x, stream, capture, logits)
 
   def init_state(self, batch: int, capacity: int, dtype: jnp.dtype | None = None) -> DecoderState:

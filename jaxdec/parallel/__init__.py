@@ -10,6 +10,7 @@ from jaxdec.parallel.rules import (
   batch_sharding,
   batch_ways,
   check_batch,
+  length_ways,
   like_parameters,
   shardings,
 )
@@ -21,6 +22,7 @@ __all__ = [
   "batch_sharding",
   "batch_ways",
   "check_batch",
+  "length_ways",
   "like_parameters",
   "make_mesh",
   "shardings",

@@ -4,6 +4,10 @@
 Axes, always all four and in this order: ``data`` (copies of the model), ``fsdp`` (parameters split
 over batch shards), ``tensor`` (each matrix split), ``seq`` (one sequence split). Unused axes have
 size 1, so that every sharding rule is valid on every mesh.
+
+Inside a slice chips talk over ICI, between slices over the data-centre network (DCN), which is
+slower by an order of magnitude. Only ``data`` and ``fsdp`` may cross it: they communicate once a
+step or can be hidden, while ``tensor`` and ``seq`` communicate in every layer.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from jaxdec.errors import UserError
@@ -26,6 +31,8 @@ def make_mesh(
   fsdp: int = 1,
   tensor: int = 1,
   seq: int = 1,
+  dcn_data: int = 1,
+  dcn_fsdp: int = 1,
   devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
   """A mesh of exactly ``data * fsdp * tensor * seq`` devices with Auto axes.
@@ -37,11 +44,14 @@ def make_mesh(
   Args:
     data: replicas. fsdp: parameter shards along the batch. tensor: shards of each matrix.
     seq: shards of a sequence.
+    dcn_data, dcn_fsdp: over how many slices ``data`` and ``fsdp`` reach; each divides its axis, and
+      their product is the number of slices.
     devices: the devices to use; by default all, or the first few where the product is smaller
       and there is one process.
 
   Raises:
-    UserError: sizes below 1, or a product the device count cannot serve.
+    UserError: sizes below 1, a product the device count cannot serve, or slices that ``dcn_data``
+      and ``dcn_fsdp`` do not account for.
   """
   everything = devices is None
   devices = list(jax.devices() if everything else devices)
@@ -68,10 +78,35 @@ def make_mesh(
       f"mesh {named} needs {total} devices, and there are {len(devices)}; choose sizes whose "
       f"product is {len(devices)}"
     )
+  devices = devices[:total]
+  slices = _slices(devices)
+  _check_slices(dict(zip(AXES, sizes)), dcn_data, dcn_fsdp, slices)
+  if slices > 1:
+    dcn = [dcn_data, dcn_fsdp, 1, 1]
+    ici = [size // ways for size, ways in zip(sizes, dcn)]
+    grid = mesh_utils.create_hybrid_device_mesh(ici, dcn, devices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
   if total == 1:
     grid = np.array(devices[:1]).reshape(sizes)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
   # make_mesh orders the devices so that neighbours in the last axes are neighbours on the wire.
-  return jax.make_mesh(
-    tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:total]
-  )
+  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def _slices(devices: Sequence[jax.Device]) -> int:
+  """How many slices the devices lie in; 1 where the backend knows none."""
+  return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def _check_slices(sizes: dict[str, int], dcn_data: int, dcn_fsdp: int, slices: int) -> None:
+  for axis, ways in (("data", dcn_data), ("fsdp", dcn_fsdp)):
+    if ways < 1 or sizes[axis] % ways:
+      raise UserError(
+        f"dcn_{axis}={ways} must divide the mesh axis {axis}={sizes[axis]}, of which it is the "
+        "part between slices"
+      )
+  if dcn_data * dcn_fsdp != slices:
+    raise UserError(
+      f"the devices lie in {slices} slice{'s' * (slices > 1)}, and dcn_data={dcn_data} x "
+      f"dcn_fsdp={dcn_fsdp} makes {dcn_data * dcn_fsdp}; their product must be {slices}"
+    )

@@ -23,7 +23,7 @@ MeshAxes = str | tuple[str, ...] | None
 
 _DEFAULT: tuple[tuple[str, MeshAxes], ...] = (
   ("batch", ("data", "fsdp")),
-  ("length", None),
+  ("length", "seq"),
   ("vocab", "tensor"),
   ("embed", "fsdp"),
   ("heads", "tensor"),
@@ -39,7 +39,7 @@ class Rules:
 
   The default keeps matrix products local: the contracted model width ``embed`` is gathered
   just in time (``fsdp``), heads, MLP width and vocabulary are split over ``tensor``, the batch over
-  ``data`` and ``fsdp`` together.
+  ``data`` and ``fsdp`` together, the tokens of a sequence over ``seq``.
   """
 
   table: tuple[tuple[str, MeshAxes], ...] = _DEFAULT
@@ -170,9 +170,9 @@ def like_parameters(tree: Any, params: Any, param_shardings: Any, mesh: Mesh) ->
   return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def batch_sharding(mesh: Mesh, rules: Rules = DEFAULT) -> NamedSharding:
-  """Split of a batch: its leading dimension, over the mesh axes of ``batch``."""
-  return NamedSharding(mesh, rules.spec(("batch",), mesh))
+def batch_sharding(mesh: Mesh, rules: Rules = DEFAULT, *, rank: int = 2) -> NamedSharding:
+  """Split of a batch array: ``[B, T, ...]`` over the mesh axes of ``batch`` and ``length``."""
+  return NamedSharding(mesh, rules.spec(("batch", "length")[:rank], mesh))
 
 
 def batch_ways(mesh: Mesh, rules: Rules = DEFAULT) -> int:
@@ -180,15 +180,31 @@ def batch_ways(mesh: Mesh, rules: Rules = DEFAULT) -> int:
   return math.prod(mesh.shape[axis] for axis in rules.mesh_axes("batch"))
 
 
+def length_ways(mesh: Mesh, rules: Rules = DEFAULT) -> int:
+  """Into how many shards a sequence is split."""
+  return math.prod(mesh.shape[axis] for axis in rules.mesh_axes("length"))
+
+
 def check_batch(batch: Mapping[str, Any], mesh: Mesh, rules: Rules = DEFAULT, *, split: int = 1):
-  """Raise ``UserError`` unless every array's leading size divides over the mesh and ``split``."""
-  ways = batch_ways(mesh, rules)
+  """Raise ``UserError`` unless every array divides over the mesh.
+
+  Args:
+    batch: global arrays or shapes ``[B, T, ...]``.
+    split: gradient accumulation steps, which divide the rows too.
+  """
+  ways, length = batch_ways(mesh, rules), length_ways(mesh, rules)
   for name, value in batch.items():
-    size = value.shape[0] * jax.process_count()
+    size = value.shape[0]
     if size % (ways * split):
       axes = "*".join(rules.mesh_axes("batch"))
       steps = f" in {split} accumulation steps" if split > 1 else ""
       raise UserError(
         f"batch array {name!r} has {size} rows, which the mesh axis {axes} of size {ways}{steps} "
         f"does not divide; use a multiple of {ways * split} rows"
+      )
+    if len(value.shape) > 1 and value.shape[1] % length:
+      axes = "*".join(rules.mesh_axes("length"))
+      raise UserError(
+        f"batch array {name!r} has sequences of {value.shape[1]} tokens, which the mesh axis "
+        f"{axes} of size {length} does not divide; use a multiple of {length} tokens"
       )

@@ -60,12 +60,17 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-  """Devices along each mesh axis; one of them may be -1 (all that remain)."""
+  """Devices along each mesh axis; one of them may be -1 (all that remain).
+
+  ``dcn_data`` and ``dcn_fsdp`` say over how many slices those two axes reach.
+  """
 
   data: int = 1
   fsdp: int = 1
   tensor: int = 1
   seq: int = 1
+  dcn_data: int = 1
+  dcn_fsdp: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxdec.parallel.sequence.config import SequenceConfig
+
 Params = Any
 Batch = Mapping[str, Any]
 
@@ -52,7 +54,8 @@ class Task:
     items; without it every batch counts the same. ``loss`` itself is logged by the trainer.
 
     Args:
-      batch: ``tokens``, ``segment_ids`` (0: padding), ``positions``, ``loss_mask``, all ``[B, T]``.
+      batch: ``tokens``, ``segment_ids`` (0: padding), ``positions``, ``loss_mask``, all ``[B, T]``;
+        where tokens don't lie in their order (a zigzag layout), also ``labels`` and ``label_mask``.
       rng: differs by step, the same on every device.
     """
     raise NotImplementedError
@@ -79,6 +82,11 @@ class Task:
       return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
 
     return 6.0 * count(params) + 2.0 * count(self.frozen)
+
+  @property
+  def sequence(self) -> SequenceConfig | None:
+    """How the task's model computes on a mesh that splits sequences; None: it cannot."""
+    return None
 
   @property
   def config(self) -> Any:

@@ -21,11 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdec.errors import UserError
 from jaxdec.parallel import mesh as mesh_lib
 from jaxdec.parallel import rules as rules_lib
+from jaxdec.parallel.sequence.config import SequenceConfig
 from jaxdec.training.checkpoints import Checkpoints
 from jaxdec.training.config import TrainerConfig
 from jaxdec.training.interruption import Replayable, Stop
@@ -73,7 +74,9 @@ class Trainer:
       latter is resumed by reading past what was consumed.
     eval_data: iterable of held-out batches, read from the start at each evaluation, or a function
       that returns one.
-    rules: where parameters lie on the mesh.
+    rules: where parameters and batches lie on the mesh.
+    mesh: the devices, instead of the local ones laid out by ``config.mesh``. Devices that can only
+      be compiled for (``jaxdec.parallel.plan``) serve ``lower``, and need no ``data``.
     extra: further JSON-able settings that identify the run (where the data came from).
   """
 
@@ -82,16 +85,18 @@ class Trainer:
     task: Task,
     config: TrainerConfig,
     *,
-    data: Iterable[Mapping[str, np.ndarray]],
+    data: Iterable[Mapping[str, np.ndarray]] | None = None,
     eval_data: Iterable[Mapping[str, np.ndarray]] | Callable[[], Iterable] | None = None,
     rules: rules_lib.Rules = rules_lib.DEFAULT,
+    mesh: Mesh | None = None,
     extra: Mapping[str, Any] | None = None,
   ):
     self.task = task
     self.config = config
     self.rules = rules
-    self.mesh = mesh_lib.make_mesh(**dataclasses.asdict(config.mesh))
-    self._data = data if hasattr(data, "get_state") else Replayable(data)
+    self.mesh = mesh or mesh_lib.make_mesh(**dataclasses.asdict(config.mesh))
+    self.sequence = _sequence(task, self.mesh, rules)
+    self._data = data if hasattr(data, "get_state") else Replayable(data or ())
     self._eval_data = eval_data
     # An iterator is rewound to where it stood for every evaluation.
     self._eval_start = eval_data.get_state() if hasattr(eval_data, "get_state") else None
@@ -104,7 +109,6 @@ class Trainer:
       "data": to_json(dict(extra or {})),
     }
     self._replicated = NamedSharding(self.mesh, PartitionSpec())
-    self._batch_sharding = rules_lib.batch_sharding(self.mesh, rules)
     key = jax.random.key(config.seed)
     self._init_key, self._step_key = jax.random.split(key)
     self._layout()
@@ -151,11 +155,32 @@ class Trainer:
     return jax.tree.map(put, frozen, layout, is_leaf=rules_lib.is_boxed)
 
   def place_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's rows as part of the global batch."""
+    """This process's rows as part of the global batch, in the layout of the sequence shards."""
+    batch = self._in_layout(batch)
     return {
-      name: jax.make_array_from_process_local_data(self._batch_sharding, np.asarray(value))
+      name: jax.make_array_from_process_local_data(self._sharding_of(value), np.asarray(value))
       for name, value in batch.items()
     }
+
+  def _in_layout(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    ways = rules_lib.length_ways(self.mesh, self.rules)
+    if ways == 1 or self.sequence.layout == "contiguous":
+      return batch
+    from jaxdec.parallel.sequence.layout import zigzag_batch
+
+    return zigzag_batch(batch, ways)
+
+  def _sharding_of(self, value) -> NamedSharding:
+    return rules_lib.batch_sharding(self.mesh, self.rules, rank=min(np.ndim(value), 2))
+
+  def _check(self, batch: Mapping[str, Any], split: int = 1) -> None:
+    """Sizes of the global batch of which this process has these rows."""
+    rows = jax.process_count()
+    shapes = {
+      name: jax.ShapeDtypeStruct((x.shape[0] * rows, *x.shape[1:]), x.dtype)
+      for name, x in batch.items()
+    }
+    rules_lib.check_batch(shapes, self.mesh, self.rules, split=split)
 
   def _context(self) -> contextlib.ExitStack:
     """The mesh and the logical rules, for every trace."""
@@ -210,8 +235,33 @@ class Trainer:
 
   def compile(self, batch: Mapping[str, np.ndarray]) -> Callable:
     """The compiled step for batches shaped like this one; checks sizes before compiling."""
-    rules_lib.check_batch(batch, self.mesh, self.rules, split=self.config.accumulate)
+    self._check(batch, self.config.accumulate)
+    return self._program()
+
+  def _program(self) -> Callable:
     return jax.jit(self.step_fn, donate_argnums=0, out_shardings=(self.shardings, self._replicated))
+
+  def lower(self, batch: Mapping[str, Any], *, platform: str | None = None) -> jax.stages.Lowered:
+    """The train step for a global batch of these shapes; nothing is placed or computed.
+
+    Args:
+      batch: arrays or ``ShapeDtypeStruct``s of *all* rows. platform: other than the default one.
+    """
+    rules_lib.check_batch(batch, self.mesh, self.rules, split=self.config.accumulate)
+    batch = self._in_layout({name: np.zeros(x.shape, x.dtype) for name, x in batch.items()})
+    batch = {
+      name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding_of(x))
+      for name, x in batch.items()
+    }
+    layout = rules_lib.shardings(self.task.frozen, self.rules, self.mesh)
+    frozen = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      nn.unbox(self.task.frozen),
+      layout,
+    )
+    with self._context():
+      traced = self._program().trace(self.abstract, frozen, batch)
+      return traced.lower(lowering_platforms=(platform,) if platform else None)
 
   def evaluate(self, params: Any, frozen: Any, step: int = 0) -> dict[str, Any]:
     """Averages ``task.evaluate`` over the held-out batches; ``{}`` where there are none."""
@@ -226,7 +276,7 @@ class Trainer:
     total = 0.0
     with self._context():
       for index, batch in enumerate(batches):
-        rules_lib.check_batch(batch, self.mesh, self.rules)
+        self._check(batch)
         key = jax.random.fold_in(self._init_key, index)  # the same noise at every evaluation
         metrics = jax.device_get(self._evaluate(params, frozen, self.place_batch(batch), key))
         weight = float(metrics.pop("weight", 1.0))
@@ -345,6 +395,18 @@ class Trainer:
         f"the training data ended before step {step} of {self.config.steps}; repeat the data or "
         "train for fewer steps"
       ) from None
+
+
+def _sequence(task: Task, mesh: Mesh, rules: rules_lib.Rules) -> SequenceConfig | None:
+  """The task's sequence parallelism; refused is a mesh that splits sequences for a task without."""
+  sequence = getattr(task, "sequence", None)
+  ways = rules_lib.length_ways(mesh, rules)
+  if ways > 1 and sequence is None:
+    raise UserError(
+      f"the mesh splits every sequence over {ways} devices, and the model has no sequence-parallel "
+      "layers; give it sequence=SequenceConfig(), or use seq=1"
+    )
+  return sequence
 
 
 def _shape(batch: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -20,7 +20,9 @@ LAYOUTS = ("contiguous", "zigzag")
 def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
   """Raises ``UserError`` unless ``value`` is one of ``known``."""
   if value not in known:
-    raise UserError(f"{name}={value!r}{nearest(str(value), known)} is not one of {', '.join(known)}")
+    raise UserError(
+      f"{name}={value!r}{nearest(str(value), known)} is not one of {', '.join(known)}"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -71,6 +71,10 @@ class Distill(Task):
     return flops
 
   @property
+  def sequence(self):
+    return self.model.sequence
+
+  @property
   def config(self) -> dict[str, Any]:
     return {"task": "distill", "drafter": to_config(self.drafter), "target": self._fingerprint}
 

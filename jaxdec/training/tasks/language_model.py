@@ -23,8 +23,11 @@ def next_token_targets(
 
   ``label[t] = tokens[t+1]``; its weight is ``loss_mask[t+1]``, and 0 where position t+1 is padding,
   belongs to another segment than t, or does not exist. Absent ``segment_ids``: one segment. Absent
-  ``loss_mask``: every token counts.
+  ``loss_mask``: every token counts. A batch that does not lie in the order of its tokens brings its
+  own ``labels`` and ``label_mask``.
   """
+  if "labels" in batch:
+    return batch["labels"], batch["label_mask"].astype(jnp.float32)
   tokens = batch["tokens"]
 
   def shift(x):
@@ -120,11 +123,16 @@ class LanguageModel(Task):
     return 6.0 * total + 6.0 * width * length
 
   @property
+  def sequence(self):
+    return self.model.sequence
+
+  @property
   def config(self):
     return {
       "task": "language_model",
       "model": self.model.config,
       "layout": self.model.layout,
+      "sequence": self.model.sequence,
       "remat": self.model.remat,
       "dtype": jnp.dtype(self.model.dtype).name,
       "param_dtype": jnp.dtype(self.model.param_dtype).name,
