@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draft trees through linear attention with scalar decay: outputs of all nodes, and the commit.
+"""Draft trees through linear attention with decay: outputs of all nodes, and the commit.
 
-Per head, with log-decay ``g_t <= 0`` and state ``S [H,V]`` (``pallas_kernels.linear_attention``):
+Per head, with log-decay ``g_t <= 0``, a number or one per row of the state ``S [H,V]``
+(``pallas_kernels.linear_attention``):
 
   S_t = exp(g_t) S_{t-1} + k_t^T v_t          o_t = scale * q_t S_t
 
@@ -24,7 +25,7 @@ def tree_linear_attention(
   q: Float[Array, "B M N H"],
   k: Float[Array, "B M K H"],
   v: Float[Array, "B M K V"],
-  log_decay: Float[Array, "B M K"] | None,
+  log_decay: Float[Array, "B M K"] | Float[Array, "B M K H"] | None,
   state: Float[Array, "B K H V"],
   topology: Topology,
   *,
@@ -38,7 +39,9 @@ def tree_linear_attention(
     o_i = exp(s_i) q_i S_0 + sum_j A_ij exp(s_i - s_j) (q_i k_j) v_j
 
   Every exponent used is <= 0, because j lies on the path to i. No state per branch is materialised:
-  M^2 (H + V) operations a head in place of M H V.
+  M^2 (H + V) operations a head in place of M H V. With a decay per key channel (GLA, arXiv
+  2312.06635, eq. 3) the exponentials join the sum over channels in ``q_i k_j``; factoring them
+  into one on q and one on k would overflow, so M^2 H of them are formed a kv head.
 
   Source: STree (arXiv 2505.14969), section 3, for scalar-decay models.
   """
@@ -48,6 +51,13 @@ def tree_linear_attention(
   out_dtype, q = q.dtype, (scale * q.astype(dtype)).reshape(b, m, kv_heads, -1, h)
   k, v, state = k.astype(dtype), v.astype(dtype), state.astype(dtype)
   ancestors = topology.ancestors
+  if log_decay is not None and log_decay.ndim == 4:
+    exponent, total = _path_decays(log_decay, ancestors)
+    kept = jnp.exp(jnp.where(ancestors[..., None, None], exponent, MASKED))
+    scores = jnp.einsum("bikgh,bijkh->bkgij", q, k[:, None] * kept)
+    inter = jnp.einsum("bikgh,bkhv->bikgv", q * jnp.exp(total)[:, :, :, None], state)
+    out = jnp.einsum("bkgij,bjkv->bikgv", scores, v) + inter
+    return out.reshape(b, m, -1, v.shape[-1]).astype(out_dtype)
   scores = jnp.einsum("bikgh,bjkh->bkgij", q, k)
   inter = jnp.einsum("bikgh,bkhv->bikgv", q, state)
   if log_decay is None:
@@ -67,12 +77,21 @@ def tree_linear_attention(
   return out.reshape(b, m, -1, v.shape[-1]).astype(out_dtype)
 
 
+def _path_decays(log_decay, ancestors):
+  """``s_i - s_j [B,M,M,K,H]`` and ``s_i [B,M,K,H]`` of channel decays, see above."""
+  parts = [
+    jnp.einsum("bij,bjkh->bikh", ancestors.astype(x.dtype), x, precision=jax.lax.Precision.HIGHEST)
+    for x in coarse_fine(log_decays(log_decay, None, log_decay.shape))
+  ]
+  return sum(x[:, :, None] - x[:, None] for x in parts), sum(parts)
+
+
 def update_state(
   state: Float[Array, "B K H V"],
   k: Float[Array, "B T K H"],
   v: Float[Array, "B T K V"],
   *,
-  log_decay: Float[Array, "B T K"] | None = None,
+  log_decay: Float[Array, "B T K"] | Float[Array, "B T K H"] | None = None,
   valid: Bool[Array, "B T"],
 ) -> Float[Array, "B K H V"]:
   """The state after T more tokens, in one masked sum (the commit of a few accepted nodes).
@@ -83,20 +102,24 @@ def update_state(
   k, v = k.astype(state.dtype), v.astype(state.dtype)
   if g is None:
     return state + jnp.einsum("btkh,btkv->bkhv", k, v)
+  g = g if g.ndim == k.ndim else g[..., None]
   parts = coarse_fine(log_decays(g, None, g.shape))
   # What comes after a token is summed by itself: total minus prefix loses the small decays.
   after = sum(jax.lax.cumsum(_shifted(x), axis=1, reverse=True) for x in parts)
-  update = jnp.einsum("btkh,btkv->bkhv", k * jnp.exp(after)[..., None], v)
+  update = jnp.einsum("btkh,btkv->bkhv", k * jnp.exp(after), v)
   total = sum(jnp.sum(x, axis=1) for x in parts)
-  return jnp.exp(total)[..., None, None] * state + update
+  return jnp.exp(total)[..., None] * state + update
 
 
 def leave_out(k, v, log_decay, valid):
   """Keys, values and log-decays ``[B,T,K,..]`` whose invalid tokens leave the state unchanged."""
   here = valid[:, :, None]
   k, v = (jnp.where(here[..., None], x, 0) for x in (k, v))
-  return k, v, None if log_decay is None else jnp.where(here, log_decay, 0)
+  if log_decay is not None:
+    here = here if log_decay.ndim == 3 else here[..., None]
+    log_decay = jnp.where(here, log_decay, 0)
+  return k, v, log_decay
 
 
 def _shifted(x):
-  return jnp.pad(x[:, 1:], ((0, 0), (0, 1), (0, 0)))
+  return jnp.pad(x[:, 1:], ((0, 0), (0, 1), (0, 0), (0, 0)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draft trees through the scalar-decay recurrence, against an independent float64 token loop."""
+"""Draft trees through the decaying recurrence, against an independent float64 token loop."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def numpy_reference(q, k, v, g, state):
   for row in range(b):
     for i in range(t):
       for kv in range(k.shape[2]):
-        s[row, kv] = np.exp(g[row, i, kv]) * s[row, kv] + np.outer(k[row, i, kv], v[row, i, kv])
+        decay = np.exp(g[row, i, kv])[..., None]  # a number, or one per row of the state
+        s[row, kv] = decay * s[row, kv] + np.outer(k[row, i, kv], v[row, i, kv])
         for head in range(kv * group, (kv + 1) * group):
           out[row, i, head] = q[row, i, head] @ s[row, kv] * h**-0.5
   return out, s
@@ -39,7 +40,7 @@ def rms_error(actual, expected) -> float:
   return float(np.sqrt(np.mean((actual - expected) ** 2)) / max(norm, 1e-30))
 
 
-@pytest.mark.parametrize("decay", [None, "weak", "mixed", "fifty", "all_inf"])
+@pytest.mark.parametrize("decay", [None, "weak", "mixed", "fifty", "all_inf", "channel", "half"])
 def test_trees_equal_their_paths(decay):
   """Outputs and committed states of every node of random trees, against the loop along its path."""
   parent, topology = random_trees(5)
@@ -55,6 +56,9 @@ def test_trees_equal_their_paths(decay):
     "fifty": lambda s: np.full(s, -50.0),
     "mixed": lambda s: -rng.uniform(0, 20, s),
     "all_inf": lambda s: np.full(s, -np.inf),
+    "channel": lambda s: -rng.uniform(0, 20, (*s, H)),
+    # Channels that forget everything beside channels that forget nothing, in the same token.
+    "half": lambda s: np.where(rng.random((*s, H)) < 0.5, -np.inf, 0.0),
   }[decay]((b, m, K)).astype(np.float32)
   given = None if decay is None else g
   out = jax.jit(tree_linear_attention)(q, k, v, given, state, topology)
@@ -91,6 +95,8 @@ def test_fixed_ladders():
     ({"feature_map": "relu"}, "is not one of identity, silu, elu"),
     ({"num_kv_heads": 3}, "not a multiple"),
     ({"chunk_size": 48}, "chunk_size must be a power of two such as 64, or None, got 48"),
+    ({"gate_rank": 0}, "gate_rank must be at least 1, got 0"),
+    ({"gate_normalizer": 0.0}, "gate_normalizer must be positive, got 0.0"),
     ({"head_dim": 0}, "head_dim must be at least 1, got 0"),
     ({"slopes": (1.0,)}, "slopes must be 4 numbers"),
     ({"slopes": "retentoin"}, "did you mean 'retention'"),

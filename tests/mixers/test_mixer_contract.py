@@ -59,14 +59,28 @@ MIXERS = {
   "linear_data_decay": LinearAttentionConfig(
     num_heads=4, num_kv_heads=2, head_dim=6, chunk_size=4, scale=1.0
   ),
+  "gla": LinearAttentionConfig(
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    value_dim=10,
+    decay="channel",
+    gate_rank=3,
+    gate_normalizer=1.0,
+    feature_map="identity",
+    chunk_size=4,
+  ),
 }
+# The gradient of a channel decay is a difference of sums over all later tokens (GLA, section 4.3).
+LEAKS = {"gla": 1e-8}
 NORMS = {"attention_everything": GEMMA_NORM, "linear_data_decay": GEMMA_NORM}
 
 
 @functools.cache
 def subject(name: str, dtype=jnp.float32) -> Subject:
   mixer = build_mixer(MIXERS[name], DIM, NORMS.get(name, NormConfig()), dtype)
-  return Subject.of_mixer(mixer, DIM, tolerance=2e-5 if dtype == jnp.float32 else 3e-2)
+  tolerance = 2e-5 if dtype == jnp.float32 else 3e-2
+  return Subject.of_mixer(mixer, DIM, tolerance=tolerance, leak=LEAKS.get(name, 0.0))
 
 
 # Gradients are the dearest check, and each of these is a special case of another mixer here.
