@@ -4,5 +4,17 @@
 from __future__ import annotations
 
 from jaxdec.parallel.sequence.config import SequenceConfig
+from jaxdec.parallel.sequence.halo import halo, next_token, short_convolution, token_shift
+from jaxdec.parallel.sequence.layout import from_zigzag, to_zigzag, token_index, zigzag_batch
 
-__all__ = ["SequenceConfig"]
+__all__ = [
+  "SequenceConfig",
+  "from_zigzag",
+  "halo",
+  "next_token",
+  "short_convolution",
+  "to_zigzag",
+  "token_index",
+  "token_shift",
+  "zigzag_batch",
+]
