@@ -16,7 +16,7 @@ from jaxdec.errors import UserError, nearest
 # Names of jaxdec.drafting's registry; a test holds the two equal.
 UNTRAINED = ("prompt_lookup", "token_recycling")
 TRAINED = ("medusa", "hydra", "hydra++", "eagle3")
-MESH_AXES = ("data", "fsdp", "tensor", "seq")
+MESH_AXES = ("data", "fsdp", "tensor", "seq", "dcn_data", "dcn_fsdp")
 
 _AT_LEAST = {
   "max_new_tokens": 1, "steps": 1, "batch_size": 1, "seq_len": 2, "prompts": 1, "num_prompts": 1,
@@ -29,7 +29,9 @@ def check(config: Any) -> None:
   """Raises UserError for the first thing wrong with a command's configuration."""
   fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
   _numbers(fields)
-  if "mesh" in fields:
+  if fields.get("config") is not None:
+    config_file(fields["config"])
+  if fields.get("mesh") is not None:
     mesh_axes(fields["mesh"])
   for name in (fields.get("drafters") or "").split(","):
     drafter_name(name.strip())
@@ -96,6 +98,17 @@ def mesh_axes(text: str) -> dict[str, int]:
       raise UserError(f"mesh axis {name!r} must have at least one device, got {size}")
     axes[name] = int(size)
   return axes
+
+
+def config_file(path: str) -> None:
+  """``config.py`` or ``config.py:preset``."""
+  file = path.partition(":")[0]
+  if not Path(file).is_file() or Path(file).suffix != ".py":
+    why = "is no Python file" if Path(file).exists() else "does not exist"
+    raise UserError(
+      f"configuration {file!r} {why}; give a file with get_config(), such as "
+      "experiments/lasp2/config.py"
+    )
 
 
 def model_folder(model: str) -> Path:

@@ -176,6 +176,12 @@ def distill(config: configs.Distill) -> int:
   return run(config, axes, _load(config.model, config.dtype, make_mesh(**axes)))
 
 
+def train(config: configs.Train) -> int:
+  from jaxdec.cli.training import run
+
+  return run(config)
+
+
 def _command() -> str:
   import shlex
 

@@ -118,6 +118,32 @@ class Distill:
 
 
 @dataclasses.dataclass(frozen=True)
+class Train:
+  """Train the language model of a configuration file, or resume what its folder holds."""
+
+  config: tyro.conf.Positional[str]
+  """Python file with get_config(), such as experiments/lasp2/config.py, or file.py:preset."""
+  work_dir: str | None = None
+  """Folder of the run, by default the configuration's; one that holds this run is resumed."""
+  steps: int | None = None
+  """Optimizer steps, instead of the configuration's."""
+  mesh: str | None = None
+  """Devices per axis, such as fsdp=8,seq=4, instead of the configuration's."""
+  data: str | None = None
+  """python_stdlib, tfds:NAME, or a folder (or file) of text, instead of the configuration's."""
+  seed: int | None = None
+  """Seed of initial parameters and data order, instead of the configuration's."""
+  profile: str | None = None
+  """Steps to profile, such as 100:105, into the run's folder."""
+  coordinator: str | None = None
+  """host:port of process 0, for several processes outside Cloud TPU and SLURM."""
+  num_processes: int | None = None
+  """Number of processes, with --coordinator."""
+  process_id: int | None = None
+  """This process's number, with --coordinator."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Bench:
   """Decode the same prompts with several drafters, side by side with plain decoding."""
 
@@ -190,6 +216,7 @@ class Plot:
 COMMANDS: dict[str, type] = {
   "demo": Demo,
   "generate": Generate,
+  "train": Train,
   "distill": Distill,
   "bench": Bench,
   "verify": Verify,

@@ -64,6 +64,14 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, 
     yield path, old, new
 
 
+def _free(where: str) -> bool:
+  """Whether a setting may change between the parts of one run; see ``FREE``."""
+  room, _, rest = where.partition(".")
+  if room == "trainer":
+    return rest.split(".")[0] in FREE
+  return room == "rules" or where.split(".")[:2] == ["task", "sequence"]
+
+
 class RunFolder:
   """Claims a work directory for one configuration; ``close`` gives it back.
 
@@ -95,11 +103,7 @@ class RunFolder:
 
   @staticmethod
   def _same(path, old, new):
-    found = [
-      item
-      for item in differences(old, json.loads(json.dumps(new)))
-      if item[0].split(".")[0].split("[")[0] != "trainer" or item[0].split(".")[1] not in FREE
-    ]
+    found = [item for item in differences(old, json.loads(json.dumps(new))) if not _free(item[0])]
     if found:
       where, before, now = found[0]
       more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
