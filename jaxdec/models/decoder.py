@@ -15,12 +15,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxdec.mixers import build_mixer
 from jaxdec.mixers.base import Topology
 from jaxdec.mixers.norms import Dense, NormConfig, RMSNorm
 from jaxdec.models.config import DecoderConfig, LayerConfig, MLPConfig
+from jaxdec.models.remat import BLOCK_INPUT, Remat, rematerialised
 from jaxdec.parallel.sequence import SequenceConfig
 
 
@@ -99,6 +101,7 @@ class Block(nn.Module):
     return x + (self.post_mlp_norm(y) if self.config.post_norms else y)
 
   def __call__(self, x, positions, segment_ids=None):
+    x = checkpoint_name(x, BLOCK_INPUT)
     return self._finish(x, self.mixer(self.mixer_norm(x), positions, segment_ids))
 
   def extend(self, x, state, positions):
@@ -151,14 +154,15 @@ class Decoder(nn.Module):
 
   ``dtype`` is the compute type, ``param_dtype`` the type parameters are made in. Norm statistics,
   softmax, and logits are float32. ``sequence`` says how layers compute where the mesh in context
-  splits sequences (``__call__`` only). ``remat="full"`` recomputes each block in the backward pass.
+  splits sequences (``__call__`` only). ``remat`` says what the backward pass keeps of each block and
+  what it computes again; see ``jaxdec.models.remat``.
   """
 
   config: DecoderConfig
   dtype: jnp.dtype = jnp.float32
   param_dtype: jnp.dtype = jnp.float32
   layout: Literal["unrolled", "scanned"] = "unrolled"
-  remat: Literal["none", "full"] = "none"
+  remat: Remat = "none"
   sequence: SequenceConfig | None = None
 
   def setup(self):
@@ -173,7 +177,7 @@ class Decoder(nn.Module):
       dim=c.dim, norm=c.norm, dtype=self.dtype, param_dtype=self.param_dtype, sequence=self.sequence
     )
     if self.layout == "scanned":
-      group = nn.remat(_Group, prevent_cse=False) if self.remat == "full" else _Group
+      group = rematerialised(_Group, self.remat, scanned=True)
       period = pattern(c.layers)
       self.stack = nn.scan(
         group,
@@ -184,7 +188,7 @@ class Decoder(nn.Module):
         metadata_params={nn.PARTITION_NAME: "layers"},
       )(blocks=period, **common)
     else:
-      block = nn.remat(Block) if self.remat == "full" else Block
+      block = rematerialised(Block, self.remat, scanned=False)
       self.layers = [block(layer, **common) for layer in c.layers]
     self.final_norm = RMSNorm(c.norm, self.param_dtype)
     if not c.tie_embeddings:

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the backward pass keeps of each block and what it computes again (rematerialisation).
+
+Kept per block of B*T tokens (a = bytes of an activation, D model width, F MLP width), beside the
+parameters; a forward pass costs a third of a training step's FLOPs:
+
+  ===============  =============================================================  ================
+  policy           kept in device memory                                          computed again
+  ===============  =============================================================  ================
+  ``none``         everything the backward pass reads, about a (10 D + 4 F)       nothing
+  ``dots``         the block's input and the outputs of its projections,          elementwise and
+                   about a (6 D + 2 F)                                            sequence mixing
+  ``collectives``  the block's input a D, and what sequence-parallel layers       a forward pass
+                   received from other devices (states, gathered K and V)
+  ``full``         the block's input a D, and received states                     a forward pass,
+                                                                                  K/V gathers too
+  ``offload``      received states; the block's input waits in host memory        as ``full``
+  ===============  =============================================================  ================
+
+A state (``sequence_state``) does not grow with T, and computing it again would run a collective
+again, so every policy keeps it. Gathered keys and values (``sequence_kv``) are as long as the whole
+sequence, so only ``collectives`` keeps them. Gradients are the same under every policy.
+
+Sources: Training Deep Nets with Sublinear Memory Cost (arXiv 1604.06174); Reducing Activation
+Recomputation in Large Transformer Models (arXiv 2205.05198); LASP-2 (arXiv 2502.07563) for states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import flax.linen as nn
+import jax
+
+from jaxdec.errors import UserError, nearest
+
+Remat = Literal["none", "dots", "collectives", "full", "offload"]
+
+STATE, KEYS_VALUES, BLOCK_INPUT = "sequence_state", "sequence_kv", "block_input"
+_POLICIES = jax.checkpoint_policies
+_STATES = _POLICIES.save_only_these_names(STATE)
+
+_TABLE: dict[str, Callable[..., Any]] = {
+  "dots": _POLICIES.save_from_both_policies(_POLICIES.dots_with_no_batch_dims_saveable, _STATES),
+  "collectives": _POLICIES.save_only_these_names(STATE, KEYS_VALUES),
+  "full": _STATES,
+  "offload": _POLICIES.save_and_offload_only_these_names(
+    names_which_can_be_saved=[STATE],
+    names_which_can_be_offloaded=[BLOCK_INPUT],
+    offload_src="device",
+    offload_dst="pinned_host",
+  ),
+}
+
+
+def rematerialised(module: Any, remat: Remat, *, scanned: bool) -> Any:
+  """The module class, recomputed in the backward pass as ``remat`` says.
+
+  Args:
+    scanned: it is the body of a scan, where nothing can be merged with the forward pass anyway.
+
+  Raises:
+    UserError: an unknown policy.
+  """
+  if remat == "none":
+    return module
+  if remat not in _TABLE:
+    known = get_args(Remat)
+    raise UserError(
+      f"remat={remat!r}{nearest(str(remat), known)} is no policy; use one of {', '.join(known)}"
+    )
+  return nn.remat(module, policy=_TABLE[remat], prevent_cse=not scanned)
