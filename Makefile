@@ -12,7 +12,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 RUFF_PATHS := $(wildcard jaxdec pallas_kernels tests experiments notebooks)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-aot lint format bench notebooks clean
+.PHONY: help demo test test-slow test-aot lint format bench notebooks clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -43,8 +43,11 @@ demo: $(VENV)/.base ## the whole story on this machine, in minutes
 test: $(VENV)/.dev ## the test suite
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-aot: $(VENV)/.aot ## every TPU kernel compiled for every generation, without a TPU
-	$(BIN)/python -m pytest $(PYTEST_ARGS) --dist load -m aot tests/pallas_kernels
+test-slow: $(VENV)/.dev ## the larger matrices: sequence parallelism, several processes
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m slow
+
+test-aot: $(VENV)/.aot ## kernels for every TPU generation and steps for TPU slices, without a TPU
+	$(BIN)/python -m pytest $(PYTEST_ARGS) --dist load -m aot tests
 
 lint: $(VENV)/.dev ## ruff, check only
 	$(BIN)/ruff check $(RUFF_PATHS)
