@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxdec.errors import UserError
-from jaxdec.parallel.sequence import halo as module
+from jaxdec.parallel import sequence as module
 from jaxdec.parallel.sequence.layout import from_zigzag, to_zigzag
 from pallas_kernels.testing import COMPILE_ONCE
 
