@@ -135,7 +135,13 @@ def load_recipe(path: str) -> Recipe:
     raise UserError(f"get_config() in {file} takes no preset, got {preset!r}; leave it out")
   if not preset and any(p.default is p.empty for p in takes.values()):
     raise UserError(f"get_config() in {file} needs a preset; write {file}:PRESET")
-  recipe = get_config(preset) if preset else get_config()
+  try:
+    recipe = get_config(preset) if preset else get_config()
+  except UserError:
+    raise
+  except Exception as error:
+    what = f"preset {preset!r} of {file}" if preset else file
+    raise UserError(f"{what} cannot be made: {type(error).__name__}: {error}") from error
   if not isinstance(recipe, Recipe):
     raise UserError(
       f"get_config() in {file} must return a jaxdec.training.Recipe, got {type(recipe).__name__}"
