@@ -27,6 +27,7 @@ from jaxdec.errors import UserError
 from jaxdec.parallel import mesh as mesh_lib
 from jaxdec.parallel import rules as rules_lib
 from jaxdec.parallel.sequence.config import SequenceConfig
+from jaxdec.parallel.sequence.layout import zigzag_batch
 from jaxdec.training.checkpoints import Checkpoints
 from jaxdec.training.config import TrainerConfig
 from jaxdec.training.interruption import Replayable, Stop
@@ -166,8 +167,6 @@ class Trainer:
     ways = rules_lib.length_ways(self.mesh, self.rules)
     if ways == 1 or self.sequence.layout == "contiguous":
       return batch
-    from jaxdec.parallel.sequence.layout import zigzag_batch
-
     return zigzag_batch(batch, ways)
 
   def _sharding_of(self, value) -> NamedSharding:

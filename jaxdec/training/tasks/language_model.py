@@ -71,7 +71,8 @@ class LanguageModel(Task):
   token_bytes: np.ndarray | None = None
 
   def init(self, rng):
-    return self.model.init(rng, jnp.zeros((1, 8), jnp.int32))["params"]
+    whole = self.model.clone(sequence=None)  # eight tokens don't divide over every mesh
+    return whole.init(rng, jnp.zeros((1, 8), jnp.int32))["params"]
 
   def loss(self, params, frozen, batch, rng):
     del frozen, rng
