@@ -154,7 +154,7 @@ class Decoder(nn.Module):
 
   ``dtype`` is the compute type, ``param_dtype`` the type parameters are made in. Norm statistics,
   softmax, and logits are float32. ``sequence`` says how layers compute where the mesh in context
-  splits sequences (``__call__`` only). ``remat`` says what the backward pass keeps of each block and
+  splits sequences (``__call__`` only). ``remat`` says what the backward pass keeps of a block, and
   what it computes again; see ``jaxdec.models.remat``.
   """
 

@@ -1,21 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the backward pass keeps of each block and what it computes again (rematerialisation).
 
-Kept per block of B*T tokens (a = bytes of an activation, D model width, F MLP width), beside the
-parameters; a forward pass costs a third of a training step's FLOPs:
+From most memory to least; ``jaxdec plan`` tells the bytes of a model on its hardware:
 
-  ===============  =============================================================  ================
-  policy           kept in device memory                                          computed again
-  ===============  =============================================================  ================
-  ``none``         everything the backward pass reads, about a (10 D + 4 F)       nothing
-  ``dots``         the block's input and the outputs of its projections,          elementwise and
-                   about a (6 D + 2 F)                                            sequence mixing
-  ``collectives``  the block's input a D, and what sequence-parallel layers       a forward pass
-                   received from other devices (states, gathered K and V)
-  ``full``         the block's input a D, and received states                     a forward pass,
-                                                                                  K/V gathers too
-  ``offload``      received states; the block's input waits in host memory        as ``full``
-  ===============  =============================================================  ================
+  ===============  ==========================================  ===================================
+  policy           kept of each block until the backward pass  computed again
+  ===============  ==========================================  ===================================
+  ``none``         all that the backward pass reads            nothing
+  ``dots``         its input, outputs of its projections       elementwise parts, sequence mixing
+  ``collectives``  its input, states, gathered keys, values    the block (a third more FLOPs)
+  ``full``         its input, states                           the block, with the gathers of keys
+                                                               and values
+  ``offload``      states; its input waits in host memory      as ``full``
+  ===============  ==========================================  ===================================
 
 A state (``sequence_state``) does not grow with T, and computing it again would run a collective
 again, so every policy keeps it. Gathered keys and values (``sequence_kv``) are as long as the whole
