@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from jaxdec.parallel.sequence.attention import attention, communicated_bytes
 from jaxdec.parallel.sequence.config import SequenceConfig
 from jaxdec.parallel.sequence.halo import halo, next_token, short_convolution, token_shift
 from jaxdec.parallel.sequence.layout import from_zigzag, to_zigzag, token_index, zigzag_batch
 
 __all__ = [
   "SequenceConfig",
+  "attention",
+  "communicated_bytes",
   "from_zigzag",
   "halo",
   "next_token",
