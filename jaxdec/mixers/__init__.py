@@ -7,17 +7,23 @@ from typing import Any
 
 from jaxdec.mixers.attention import Attention, AttentionConfig
 from jaxdec.mixers.base import Mixer, Topology, ancestors_from_parents
+from jaxdec.mixers.delta_tree import tree_delta_rule
+from jaxdec.mixers.gated_delta import GatedDelta, GatedDeltaConfig
 from jaxdec.mixers.linear_attention import LinearAttention, LinearAttentionConfig
 from jaxdec.mixers.linear_tree import tree_linear_attention
 from jaxdec.mixers.norms import NormConfig
 from jaxdec.mixers.rope import RopeConfig
 
 _DEFAULT_NORM = NormConfig()
-_MODULES = {AttentionConfig: Attention, LinearAttentionConfig: LinearAttention}
+_MODULES = {
+  AttentionConfig: Attention,
+  LinearAttentionConfig: LinearAttention,
+  GatedDeltaConfig: GatedDelta,
+}
 
 
 def build_mixer(
-  config: AttentionConfig | LinearAttentionConfig,
+  config: AttentionConfig | LinearAttentionConfig | GatedDeltaConfig,
   dim: int,
   norm: NormConfig = _DEFAULT_NORM,
   dtype: Any = None,
@@ -32,6 +38,8 @@ def build_mixer(
 __all__ = [
   "Attention",
   "AttentionConfig",
+  "GatedDelta",
+  "GatedDeltaConfig",
   "LinearAttention",
   "LinearAttentionConfig",
   "Mixer",
@@ -40,5 +48,6 @@ __all__ = [
   "Topology",
   "ancestors_from_parents",
   "build_mixer",
+  "tree_delta_rule",
   "tree_linear_attention",
 ]

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxdec.errors import UserError, nearest
 from jaxdec.mixers.base import Topology, gather_nodes
+from jaxdec.mixers.gates import init_a_log, init_dt_bias
 from jaxdec.mixers.linear_tree import leave_out, tree_linear_attention, update_state
 from jaxdec.mixers.norms import Dense, NormConfig, RMSNorm
 from jaxdec.mixers.rope import RopeConfig, apply_rope
@@ -157,16 +158,6 @@ def _alibi_slopes(heads: int) -> list[float]:
   return slopes
 
 
-def _init_a_log(key, shape, dtype):
-  return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, 16.0))
-
-
-def _init_dt_bias(key, shape, dtype):
-  """Inverse softplus of a step drawn log-uniformly from [1e-3, 1e-1]."""
-  step = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(1e-3), math.log(1e-1)))
-  return step + jnp.log(-jnp.expm1(-step))
-
-
 class LinearAttention(nn.Module):
   """The mixer: projections around the recurrence; see ``jaxdec.mixers.base`` for the four calls."""
 
@@ -194,7 +185,7 @@ class LinearAttention(nn.Module):
     if c.decay == "data":
       # One scalar a head: kept whole and in float32, as rounding it would change the memory's span.
       self.a = Dense(c.kv_heads, ("embed", None), False, jnp.float32, self.param_dtype)
-      for name, init in (("A_log", _init_a_log), ("dt_bias", _init_dt_bias)):
+      for name, init in (("A_log", init_a_log), ("dt_bias", init_dt_bias)):
         init = nn.with_logical_partitioning(init, (None,))
         setattr(self, name, self.param(name, init, (c.kv_heads,), jnp.float32))
     elif c.decay == "channel":

@@ -50,16 +50,33 @@ def tree_linear_attention(
   scale = h**-0.5 if scale is None else scale
   out_dtype, q = q.dtype, (scale * q.astype(dtype)).reshape(b, m, kv_heads, -1, h)
   k, v, state = k.astype(dtype), v.astype(dtype), state.astype(dtype)
-  ancestors = topology.ancestors
+  scores, inter = path_products(q, k, log_decay, state, topology.ancestors)
+  out = jnp.einsum("bkgij,bjkv->bikgv", scores, v) + inter
+  return out.reshape(b, m, -1, v.shape[-1]).astype(out_dtype)
+
+
+def path_products(
+  q: Float[Array, "B M K G H"],
+  k: Float[Array, "B M K H"],
+  log_decay: Float[Array, "B M K"] | Float[Array, "B M K H"] | None,
+  state: Float[Array, "B K H V"],
+  ancestors: Bool[Array, "B M M"],
+  *,
+  precision: jax.lax.Precision | None = None,
+) -> tuple[Float[Array, "B K G M M"], Float[Array, "B M K G V"]]:
+  """What queries meet on their paths: ``A_ij exp(s_i - s_j) (q_i k_j)`` and ``exp(s_i) q_i S_0``.
+
+  All of one accumulator type; see ``tree_linear_attention``.
+  """
+  b, m, kv_heads, _ = k.shape
   if log_decay is not None and log_decay.ndim == 4:
     exponent, total = _path_decays(log_decay, ancestors)
     kept = jnp.exp(jnp.where(ancestors[..., None, None], exponent, MASKED))
-    scores = jnp.einsum("bikgh,bijkh->bkgij", q, k[:, None] * kept)
-    inter = jnp.einsum("bikgh,bkhv->bikgv", q * jnp.exp(total)[:, :, :, None], state)
-    out = jnp.einsum("bkgij,bjkv->bikgv", scores, v) + inter
-    return out.reshape(b, m, -1, v.shape[-1]).astype(out_dtype)
-  scores = jnp.einsum("bikgh,bjkh->bkgij", q, k)
-  inter = jnp.einsum("bikgh,bkhv->bikgv", q, state)
+    scores = jnp.einsum("bikgh,bijkh->bkgij", q, k[:, None] * kept, precision=precision)
+    q = q * jnp.exp(total)[:, :, :, None]
+    return scores, jnp.einsum("bikgh,bkhv->bikgv", q, state, precision=precision)
+  scores = jnp.einsum("bikgh,bjkh->bkgij", q, k, precision=precision)
+  inter = jnp.einsum("bikgh,bkhv->bikgv", q, state, precision=precision)
   if log_decay is None:
     keep = jnp.broadcast_to(ancestors[:, None, None], scores.shape)
     scores = jnp.where(keep, scores, 0.0)
@@ -73,8 +90,7 @@ def tree_linear_attention(
     keep = jnp.broadcast_to(ancestors[:, None], exponent.shape)
     scores = scores * jnp.exp(jnp.where(keep, exponent, MASKED))[:, :, None]
     inter = inter * jnp.exp(jnp.moveaxis(sum(parts), 1, 2))[..., None, None]
-  out = jnp.einsum("bkgij,bjkv->bikgv", scores, v) + inter
-  return out.reshape(b, m, -1, v.shape[-1]).astype(out_dtype)
+  return scores, inter
 
 
 def _path_decays(log_decay, ancestors):

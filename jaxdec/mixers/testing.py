@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdec.mixers.base import Topology
+from pallas_kernels.testing import COMPILE_ONCE
 
 BATCH, LENGTH, NODES, CAPACITY, STRETCH = 3, 11, 7, 32, 4
 
@@ -62,7 +63,10 @@ class Subject:
     params = randomize(nn.unbox(mixer.init(jax.random.key(seed), x, _positions(1, 2))), seed)
 
     def method(name):
-      return jax.jit(lambda params, *args: mixer.apply(params, *args, method=name))
+      plain = lambda params, *args: mixer.apply(params, *args, method=name)  # noqa: E731
+      compiled = jax.jit(plain, compiler_options=COMPILE_ONCE)
+      traced = lambda args: any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(args))  # noqa: E731
+      return lambda *args: (plain if traced(args) else compiled)(*args)
 
     return cls(
       params=params,
@@ -228,7 +232,7 @@ def check_segments(subject: Subject) -> None:
   assert np.abs(packed[:, cut:] - first[:, cut:]).max() > 1e-3, "segment ids had no effect"
   if jnp.issubdtype(x.dtype, jnp.floating):
     last = lambda x: subject.call(subject.params, x, positions, segments)[:, cut:].sum()  # noqa: E731
-    leak = np.abs(jax.grad(last)(x))
+    leak = np.abs(jax.jit(jax.grad(last), compiler_options=COMPILE_ONCE)(x))
     bound = max(1e-20, subject.leak * leak.max())
     assert leak[:, :cut].max() < bound, "a gradient crossed a segment boundary"
 
@@ -330,7 +334,8 @@ def check_gradients(subject: Subject) -> None:
     def loss(params, state, x):
       return jnp.sum(function(params, state, x).astype(jnp.float32) * weight)
 
-    grads = jax.jit(jax.grad(loss, (0, 1, 2), allow_int=True))(subject.params, state, x)
+    gradient = jax.grad(loss, (0, 1, 2), allow_int=True)
+    grads = jax.jit(gradient, compiler_options=COMPILE_ONCE)(subject.params, state, x)
     return [g for g in jax.tree.leaves(grads) if g.dtype != jax.dtypes.float0]
 
   expected = gradients(one_by_one)

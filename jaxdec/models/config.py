@@ -11,10 +11,11 @@ import dataclasses
 from typing import Literal
 
 from jaxdec.mixers.attention import AttentionConfig
+from jaxdec.mixers.gated_delta import GatedDeltaConfig
 from jaxdec.mixers.linear_attention import LinearAttentionConfig
 from jaxdec.mixers.norms import NormConfig
 
-MixerConfig = AttentionConfig | LinearAttentionConfig
+MixerConfig = AttentionConfig | LinearAttentionConfig | GatedDeltaConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ import pytest
 
 from jaxdec.mixers import (
   AttentionConfig,
+  GatedDeltaConfig,
   LinearAttentionConfig,
   NormConfig,
   RopeConfig,
@@ -70,9 +71,18 @@ MIXERS = {
     feature_map="identity",
     chunk_size=4,
   ),
+  "gated_delta": GatedDeltaConfig(
+    num_heads=2, num_v_heads=4, head_dim=6, value_dim=10, chunk_size=8
+  ),
+  "delta": GatedDeltaConfig(
+    num_heads=2, head_dim=8, gate="none", output_gate=None, negative_eigenvalues=True, conv_width=3
+  ),
+  "kimi_delta": GatedDeltaConfig(
+    num_heads=2, head_dim=6, gate="channel", gate_rank=3, output_gate="sigmoid", conv_width=1
+  ),
 }
-# The gradient of a channel decay is a difference of sums over all later tokens (GLA, section 4.3).
-LEAKS = {"gla": 1e-8}
+# Where the op forms the gradient of a decay from sums over all later tokens, which cancel.
+LEAKS = dict.fromkeys(("gla", "gated_delta", "kimi_delta"), 1e-7)
 NORMS = {"attention_everything": GEMMA_NORM, "linear_data_decay": GEMMA_NORM}
 
 
@@ -84,7 +94,7 @@ def subject(name: str, dtype=jnp.float32) -> Subject:
 
 
 # Gradients are the dearest check, and each of these is a special case of another mixer here.
-NO_GRADIENTS = {"attention", "attention_gqa", "linear"}
+NO_GRADIENTS = {"attention", "attention_gqa", "linear", "delta"}
 CASES = [
   (name, check)
   for name in MIXERS
@@ -100,6 +110,8 @@ def test_contract(name, check):
   check(subject(name))
 
 
-@pytest.mark.parametrize("name", ["attention", "linear_data_decay"])
+@pytest.mark.parametrize(
+  "name", ["attention", "linear_data_decay", pytest.param("gated_delta", marks=pytest.mark.slow)]
+)
 def test_bfloat16(name):
   check_extend_equals_call(subject(name, jnp.bfloat16))
