@@ -5,7 +5,7 @@ Every op is a function with ``implementation="auto" | "reference" | "xla" | "mos
 "mosaic_gpu"`` (or a sequence of names), arrays ``[B,T,N,H]`` and its own gradients.
 """
 
-from pallas_kernels._dispatch import Unsupported, target
+from pallas_kernels._dispatch import Unsupported, current_target, target
 from pallas_kernels.block_sparse_attention import BlockPattern, block_sparse_attention
 from pallas_kernels.delta_rule import delta_rule
 from pallas_kernels.linear_attention import linear_attention
@@ -17,6 +17,7 @@ __all__ = [
   "BlockPattern",
   "Unsupported",
   "block_sparse_attention",
+  "current_target",
   "delta_rule",
   "linear_attention",
   "linear_cross_entropy",

@@ -22,6 +22,8 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.manual import vary_alike
+
 NAMES = ("reference", "xla", "mosaic_tpu", "mosaic_gpu")
 _AUTO = {"tpu": ("mosaic_tpu", "xla"), "gpu": ("mosaic_gpu", "xla")}
 
@@ -106,6 +108,7 @@ class Op:
   ) -> Any:
     """Runs the first implementation that accepts the call."""
     names = self._candidates(implementation, config)
+    args = vary_alike(*args)  # a default, such as a state of zeros, is of the inputs' type
     refusals: list[Exception] = []
     for name in names:
       mine = self.configs.get(name)

@@ -2,5 +2,16 @@
 """What implementations of the recurrences outside of this package need of its arithmetic."""
 
 from pallas_kernels._numerics import MASKED, RESET, accumulator, coarse_fine, log_decays
+from pallas_kernels.linear_attention._sequences import prefix, repeat_heads, sum_heads, suffix
 
-__all__ = ["MASKED", "RESET", "accumulator", "coarse_fine", "log_decays"]
+__all__ = [
+  "MASKED",
+  "RESET",
+  "accumulator",
+  "coarse_fine",
+  "log_decays",
+  "prefix",
+  "repeat_heads",
+  "suffix",
+  "sum_heads",
+]

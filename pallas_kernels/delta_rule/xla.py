@@ -25,6 +25,7 @@ from pallas_kernels._numerics import accumulator
 from pallas_kernels._tpu import precision
 from pallas_kernels.delta_rule import XLAConfig, _chunk
 from pallas_kernels.delta_rule._inverse import doubling
+from pallas_kernels.manual import vary, varying
 
 
 class _Plan(NamedTuple):
@@ -92,7 +93,7 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 def _forward(plan, inputs, state, save):
   q, _, v = inputs[:3]
   tokens = plan.group * plan.chunk
-  out = jnp.zeros((*q.shape[:2], plan.heads, v.shape[3]), q.dtype)
+  out = vary(jnp.zeros((*q.shape[:2], plan.heads, v.shape[3]), q.dtype), varying(state))
 
   def body(carry, index):
     state, out = carry

@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import _tpu
 from pallas_kernels._dispatch import require_tpu
+from pallas_kernels.manual import vary, varying
 from pallas_kernels.selective_scan import _tpu_kernels
 from pallas_kernels.selective_scan._common import TPUConfig
 
@@ -44,7 +45,7 @@ def selective_scan(
   config = config or TPUConfig()
   block_t = config.block_t if chunk_size is None else -(-chunk_size // 128) * 128
   if initial_state is None:
-    initial_state = jnp.zeros((x.shape[0], *A.shape), jnp.float32)
+    initial_state = vary(jnp.zeros((x.shape[0], *A.shape), jnp.float32), varying(x))
   static = Static(block_t, *tiles(config, x.shape[2], A.shape[1], block_t), interpret)
   return scan(static, x, dt, A, B, C, D, z, initial_state.astype(jnp.float32), starts)
 

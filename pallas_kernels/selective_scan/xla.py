@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from pallas_kernels._dispatch import current_target
 from pallas_kernels._numerics import accumulator
+from pallas_kernels.manual import vary, varying
 from pallas_kernels.selective_scan._common import XLAConfig, finish
 
 
@@ -39,7 +40,7 @@ def selective_scan(
     associative = platform != "cpu"
   chunk = min(chunk_size or heuristic(platform, batch, channels, states), length)
   if initial_state is None:
-    initial_state = jnp.zeros((batch, channels, states), wide)
+    initial_state = vary(jnp.zeros((batch, channels, states), wide), varying(x))
   count = -(-length // chunk)
 
   def chunks(y):  # [B,T,..] -> [chunks,C,B,..]; a padded token has dt = 0 and changes nothing

@@ -7,6 +7,8 @@ from jaxdec.parallel.sequence.attention import attention, communicated_bytes
 from jaxdec.parallel.sequence.config import SequenceConfig
 from jaxdec.parallel.sequence.halo import halo, next_token, short_convolution, token_shift
 from jaxdec.parallel.sequence.layout import from_zigzag, to_zigzag, token_index, zigzag_batch
+from jaxdec.parallel.sequence.linear import linear_attention
+from jaxdec.parallel.sequence.summary import payload_elements
 
 __all__ = [
   "SequenceConfig",
@@ -14,7 +16,9 @@ __all__ = [
   "communicated_bytes",
   "from_zigzag",
   "halo",
+  "linear_attention",
   "next_token",
+  "payload_elements",
   "short_convolution",
   "to_zigzag",
   "token_index",
