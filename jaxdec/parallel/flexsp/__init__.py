@@ -27,8 +27,9 @@ _LAZY = {
   "Executor": "execute",
   "Result": "execute",
   "task_gradients": "execute",
-  "measure": "measure",
-  "Measurements": "measure",
+  "Measurements": "timing",
+  "exchange_bytes": "timing",
+  "measure": "timing",
 }
 __all__ = [
   "CostModel",

@@ -31,9 +31,9 @@ class CostModel:
 
   Attributes:
     a1, a2, b1: ms per token squared, per token, and per group. ``a1 = 0``: only linear layers.
-    bandwidth: of an all-to-all, for each degree above 1: MiB sent by each device in a millisecond
-      (within 5 % of GB/s). A mapping, kept as sorted pairs so that models can be compared.
-    bytes_per_token: bytes that all all-to-alls of a step send for a token.
+    bandwidth: of an all-to-all, for each degree above 1: MiB of a device's array that are exchanged
+      in a millisecond (about GB/s). A mapping, kept as sorted pairs so that models can be compared.
+    bytes_per_token: bytes of a token in all the arrays that a step exchanges.
     cap: tokens that fit on one device.
   """
 
@@ -190,7 +190,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-  """One timed all-to-all: each of ``degree`` devices sent ``mib`` in ``ms``."""
+  """One timed all-to-all: ``degree`` devices exchanged arrays of ``mib`` each in ``ms``."""
 
   degree: int
   mib: float

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -47,11 +47,11 @@ class Result(NamedTuple):
 
 
 class Signature(NamedTuple):
-  """What a compiled program serves: devices, tokens of the row, and the arrays of a batch."""
+  """What a compiled program serves: devices, tokens of the row, and the kinds of all arrays."""
 
   ranks: tuple[int, ...]
   tokens: int
-  arrays: tuple[tuple[str, str], ...]
+  kinds: tuple[Hashable, ...]
 
 
 def task_gradients(task: Task) -> LossAndGradients:
@@ -246,8 +246,9 @@ class Executor:
       ],
     )
     batch = self._place(plan, group, sequences, mesh)
-    arrays = tuple((name, str(x.dtype)) for name, x in sorted(batch.items()))
-    signature = Signature(group.ranks, self.padded(plan, group), arrays)
+    kinds = jax.tree.map(lambda x: (x.shape, x.dtype), (leaves, list(batch.values())))
+    kinds = (tree, tuple(batch), *jax.tree.leaves(kinds))
+    signature = Signature(group.ranks, self.padded(plan, group), kinds)
     if signature not in self._programs:
       with self._context(mesh):
         self._programs[signature] = self._compile(mesh, arguments, batch)
