@@ -22,6 +22,7 @@ from pallas_kernels.block_sparse_attention._gradients import with_gradients
 from pallas_kernels.block_sparse_attention._short import LONGEST, short_attention
 from pallas_kernels.block_sparse_attention.lists import Lists, tile_lists
 from pallas_kernels.block_sparse_attention.pattern import BlockPattern, dense_pattern
+from pallas_kernels.manual import vary, varying
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +208,7 @@ class _Plan:
 def _forward(plan: _Plan, q, k, v, rows: _Rows, ids, block_max: bool):
   keys, values = plan.keys(k), plan.keys(v)
   queries, f32 = plan.queries(q), plan.accumulator
-  m_rows = plan.F * plan.bq
+  m_rows, axes = plan.F * plan.bq, varying(q, k, v, rows, ids)
 
   def step(_, x):
     row, query = x
@@ -232,7 +233,7 @@ def _forward(plan: _Plan, q, k, v, rows: _Rows, ids, block_max: bool):
     empty = jnp.full((plan.r, m_rows), -jnp.inf, f32)
     tops = jnp.full((plan.r, m_rows, row.idx.shape[-1]), -jnp.inf, f32) if block_max else None
     carry = (empty, jnp.zeros_like(empty), jnp.zeros((plan.r, m_rows, v.shape[-1]), f32), tops)
-    top, total, acc, tops = plan.over(row, body, carry)
+    top, total, acc, tops = plan.over(row, body, vary(carry, axes))
     seen = total > 0
     total = jnp.where(seen, total, 1.0)
     lse = jnp.where(seen, top + jnp.log(total), -jnp.inf)
@@ -259,6 +260,7 @@ def _backward(plan: _Plan, q, k, v, rows: _Rows, ids, lse, dout, delta):
   keys, values = plan.keys(k), plan.keys(v)
   per_query = [plan.queries(x.swapaxes(1, 2)) for x in (lse, delta)]
   m_rows, f32 = plan.F * plan.bq, plan.accumulator
+  axes = varying(q, k, v, rows, ids, dout)
 
   def add(total, row, idx, update):
     update = update.reshape(plan.r, plan.c, plan.bk, -1)
@@ -298,12 +300,12 @@ def _backward(plan: _Plan, q, k, v, rows: _Rows, ids, lse, dout, delta):
       return dq, dk, dv
 
     zero = jnp.zeros((plan.r, m_rows, plan.H), f32)
-    dq, dk, dv = plan.over(row, body, (zero, *totals))
+    dq, dk, dv = plan.over(row, body, (vary(zero, axes), *totals))
     return (dk, dv), dq.astype(q.dtype)
 
   zeros = tuple(jnp.zeros(x.shape, f32) for x in (keys, values))
   xs = (rows, plan.queries(q), plan.queries(dout), *per_query)
-  (dk, dv), dq = jax.lax.scan(step, zeros, xs)
+  (dk, dv), dq = jax.lax.scan(step, vary(zeros, axes), xs)
   return plan.from_queries(dq), plan.from_keys(dk), plan.from_keys(dv)
 
 
