@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxdec.data import Corpus, make_dataset, open_source, tokenize_documents
+from jaxdec.data import Corpus, Share, make_dataset, open_source, tokenize_documents
 from jaxdec.drafting.base import Params
 from jaxdec.drafting.checkpoint import KINDS
 from jaxdec.drafting.trained import TrainedDrafter
 from jaxdec.errors import UserError, nearest
+from jaxdec.parallel import batch_share, make_mesh
 from jaxdec.training import Trainer, TrainerConfig
 from jaxdec.training.tasks.distill import Distill, finish
 from jaxdec.training.trainer import TrainResult
@@ -114,22 +115,27 @@ def make_trainer(
 ) -> tuple[Trainer, Distill]:
   """The trainer and its task; nothing is compiled yet."""
   task = Distill(make_drafter(config, model.config), model, params)
+  mesh = make_mesh(**dataclasses.asdict(config.trainer.mesh))
+  share = batch_share(mesh)
   shape = {"batch_size": config.batch_size, "seq_len": config.seq_len}
   trainer = Trainer(
     task,
     config.trainer,
-    data=_Watched(make_dataset(corpora.train, seed=config.trainer.seed, **shape), watch),
-    eval_data=functools.partial(held_out, corpora, config),
+    data=_Watched(
+      make_dataset(corpora.train, seed=config.trainer.seed, share=share, **shape), watch
+    ),
+    eval_data=functools.partial(held_out, corpora, config, share),
+    mesh=mesh,
     extra={"source": config.data, "corpus": corpora.train.fingerprint, **shape},
   )
   return trainer, task
 
 
-def held_out(corpora: Corpora, config: DistillConfig):
+def held_out(corpora: Corpora, config: DistillConfig, share: Share | None = None):
   """The evaluation batches, the same ones every time."""
   batches = make_dataset(
     corpora.validation, batch_size=config.batch_size, seq_len=config.seq_len, shuffle=False,
-    num_epochs=1,
+    num_epochs=1, share=share,
   )  # fmt: skip
   return itertools.islice(batches, config.eval_batches)
 

@@ -12,10 +12,11 @@ from jaxdec.cli.checks import mesh_axes
 
 def run(config: configs.Train) -> int:
   """Trains, or resumes what the run's folder holds; 0 also where it was stopped and saved."""
-  from jaxdec.parallel.distributed import DistributedConfig, initialize
+  from jaxdec.parallel.distributed import DistributedConfig, fail_fast, initialize
 
   initialize(DistributedConfig(config.coordinator, config.num_processes, config.process_id))
-  recipe(config).make_trainer().train()
+  with fail_fast():
+    recipe(config).make_trainer().train()
   return 0
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches for the trainer: a Grain dataset whose iterator can be stopped and resumed anywhere.
 
-Batch k of an epoch is rows kB..(k+1)B-1 of that epoch's plan; host p of P takes the p-th of P equal
-parts of it. The order is therefore the same on any number of hosts, and the state is two numbers
-and a fingerprint, the same on every host.
+Batch k of an epoch is rows kB..(k+1)B-1 of that epoch's plan; every process takes some of P equal
+parts of it. The order is therefore the same on any number of processes, and the state is two
+numbers and a fingerprint, the same on every process.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 from jaxdec.data.corpus import Corpus, tokenize_documents
 from jaxdec.data.documents import Document
 from jaxdec.data.packing import PackPlan, fill_rows, plan_epoch
+from jaxdec.data.share import Share
 from jaxdec.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -38,21 +39,21 @@ class PackedDataset(grain.IterDataset[Batch]):
     shuffle: bool = True,
     random_cuts: bool | None = None,
     num_epochs: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    process_index: int | None = None,
+    process_count: int | None = None,
+    share: Share | None = None,
   ):
     super().__init__()
     if len(corpus.tokens) == 0:
       raise UserError(
         "there is no document in this source and split; give more text or another split"
       )
-    if batch_size < 1 or batch_size % process_count:
+    share = Share.choose(share, process_index, process_count)
+    if batch_size < 1 or batch_size % share.of:
       raise UserError(
-        f"batch_size is over all hosts and must be a positive multiple of their number "
-        f"{process_count}, got {batch_size}"
+        f"batch_size is over all processes and must be a positive multiple of their number "
+        f"{share.of}, got {batch_size}"
       )
-    if not 0 <= process_index < process_count:
-      raise UserError(f"process_index must be in 0..{process_count - 1}, got {process_index}")
     if seed < 0:
       raise UserError(f"seed must be 0 or more, got {seed}")
     if num_epochs is not None and num_epochs < 1:
@@ -62,13 +63,13 @@ class PackedDataset(grain.IterDataset[Batch]):
     self.corpus, self.batch_size, self.seq_len, self.seed = corpus, batch_size, seq_len, seed
     self.shuffle, self.num_epochs = shuffle, num_epochs
     self.random_cuts = shuffle if random_cuts is None else random_cuts
-    self.process_index, self.process_count = process_index, process_count
-    # What the order of batches depends on; not the hosts, and not when it ends.
+    self.share = share
+    # What the order of batches depends on; not the processes, and not when it ends.
     order = [corpus.fingerprint, batch_size, seq_len, seed, shuffle, self.random_cuts]
     self.fingerprint = hashlib.sha256(json.dumps(order).encode()).hexdigest()[:16]
 
   def plan(self, epoch: int) -> PackPlan:
-    """The rows of an epoch, of all hosts."""
+    """The rows of an epoch, of all processes."""
     return plan_epoch(
       self.corpus.offsets,
       self.seq_len,
@@ -87,7 +88,7 @@ class PackedDataset(grain.IterDataset[Batch]):
 
 
 class PackedIterator(grain.DatasetIterator[Batch]):
-  """Iterator over `PackedDataset`; `get_state` is JSON and the same on every host."""
+  """Iterator over `PackedDataset`; `get_state` is JSON and the same on every process."""
 
   def __init__(self, dataset: PackedDataset):
     super().__init__()
@@ -113,10 +114,9 @@ class PackedIterator(grain.DatasetIterator[Batch]):
     if self._batch * d.batch_size >= plan.num_rows:
       self._epoch, self._batch = self._epoch + 1, 0
       return next(self)
-    share = d.batch_size // d.process_count
-    start = self._batch * d.batch_size + d.process_index * share
+    rows = self._batch * d.batch_size + d.share.rows(d.batch_size)
     self._batch += 1
-    return fill_rows(d.corpus.tokens, plan, range(start, start + share))
+    return fill_rows(d.corpus.tokens, plan, rows)
 
   def get_state(self) -> dict[str, Any]:
     return {"epoch": self._epoch, "batch": self._batch, "fingerprint": self.dataset.fingerprint}
@@ -145,26 +145,30 @@ def make_dataset(
   shuffle: bool = True,
   random_cuts: bool | None = None,
   num_epochs: int | None = None,
-  process_index: int = 0,
-  process_count: int = 1,
+  process_index: int | None = None,
+  process_count: int | None = None,
+  share: Share | None = None,
   eos_id: int | None = None,
   cache: str | os.PathLike | bool = True,
 ) -> PackedIterator:
   """A Grain iterator of packed batches, with exact `get_state` and `set_state`.
 
-  A batch is a dict of arrays [B/P, T]: tokens, segment_ids, positions (int32), loss_mask (bool);
-  see `packing.fill_rows`. Every token of every document is in exactly one place of each epoch.
+  A batch is a dict of arrays [rows read here, T]: tokens, segment_ids, positions (int32),
+  loss_mask (bool); see `packing.fill_rows`. Every token of every document is in exactly one place
+  of each epoch.
 
   Args:
     source: documents or texts (`open_source`, `python_stdlib.sources`), or a tokenised `Corpus`.
     tokenizer: needed unless `source` is a Corpus; closes each document with its end-of-text id.
-    batch_size: rows over all hosts.
+    batch_size: rows over all processes.
     seq_len: T.
     seed: of cuts and order.
     shuffle: rows in random order, anew in each epoch.
     random_cuts: cut long documents elsewhere in each epoch; like `shuffle` if left out.
     num_epochs: ends after so many; None goes on for ever.
-    process_index, process_count: which share of each batch this host reads.
+    process_index, process_count: which of as many equal parts of each batch is read here; by
+      default JAX's, where it runs on several processes.
+    share: the same for a mesh that deals out rows otherwise: ``jaxdec.parallel.batch_share(mesh)``.
     eos_id: instead of the tokenizer's own.
     cache: where tokenised text is kept; True for the default folder, False for nowhere.
   """
@@ -182,5 +186,6 @@ def make_dataset(
     num_epochs=num_epochs,
     process_index=process_index,
     process_count=process_count,
+    share=share,
   )
   return iter(dataset)

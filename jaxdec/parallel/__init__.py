@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from jaxdec.parallel.batches import batch_share, place_batch
 from jaxdec.parallel.mesh import AXES, make_mesh
 from jaxdec.parallel.rules import (
   DEFAULT,
@@ -20,10 +21,12 @@ __all__ = [
   "DEFAULT",
   "Rules",
   "batch_sharding",
+  "batch_share",
   "batch_ways",
   "check_batch",
   "length_ways",
   "like_parameters",
   "make_mesh",
+  "place_batch",
   "shardings",
 ]

@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxdec.errors import UserError
 from jaxdec.models import Decoder, DecoderConfig
+from jaxdec.parallel import batch_share, make_mesh
 from jaxdec.parallel.sequence.config import SequenceConfig
 from jaxdec.training.config import TrainerConfig
 from jaxdec.training.tasks.language_model import LanguageModel
@@ -96,19 +97,22 @@ class Recipe:
 
     folder = lm.TINY if self.tokenizer == "tiny" else self.tokenizer
     tokenizer = load_tokenizer(folder, model_vocab_size=self.model.vocab_size)
+    mesh = make_mesh(**dataclasses.asdict(self.trainer.mesh))
     shape: dict[str, Any] = {"batch_size": self.batch_size, "seq_len": self.seq_len}
+    reads = {**shape, "share": batch_share(mesh)}
     train = tokenize_documents(open_source(self.data, "train"), tokenizer)
 
     def held_out():
       corpus = tokenize_documents(open_source(self.data, "validation"), tokenizer)
-      batches = make_dataset(corpus, shuffle=False, num_epochs=1, **shape)
+      batches = make_dataset(corpus, shuffle=False, num_epochs=1, **reads)
       return itertools.islice(batches, self.eval_batches)
 
     return Trainer(
       self.task(),
       self.trainer,
-      data=make_dataset(train, seed=self.trainer.seed, **shape),
+      data=make_dataset(train, seed=self.trainer.seed, **reads),
       eval_data=held_out if self.eval_batches else None,
+      mesh=mesh,
       extra={"source": self.data, "corpus": train.fingerprint, **shape},
     )
 

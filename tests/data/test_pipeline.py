@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from jaxdec.data import Corpus, make_dataset, tokenize_documents
+from jaxdec.data import Corpus, Share, make_dataset, tokenize_documents
 from jaxdec.data.corpus import cache_folder
 from jaxdec.errors import UserError
 
@@ -72,6 +72,18 @@ def test_a_state_moves_between_host_counts(corpus):
   two = make_dataset(corpus, process_index=1, process_count=2, **settings)
   two.set_state(one.get_state())
   np.testing.assert_array_equal(next(one)["tokens"][2:], next(two)["tokens"])
+
+
+def test_parts_of_a_batch_that_are_no_neighbours(corpus):
+  settings = dict(batch_size=8, seq_len=16, seed=2)
+  whole = make_dataset(corpus, **settings)
+  some = make_dataset(corpus, share=Share((0, 2), 4), **settings)
+  for _ in range(3):
+    batch, part = next(whole), next(some)
+    same({name: value[[0, 1, 4, 5]] for name, value in batch.items()}, part)
+  for parts, of in (((), 1), ((1, 0), 2), ((0, 0), 2), ((2,), 2), ((-1,), 2), ((0,), 0)):
+    with pytest.raises(UserError, match="parts of a"):
+      Share(parts, of)
 
 
 def test_an_epoch_holds_every_token_once_and_ends(corpus):
@@ -170,6 +182,7 @@ def test_errors(corpus, tokenizer):
   for bad, match in [
     ({"batch_size": 3, "process_count": 2}, "positive multiple of their number 2, got 3"),
     ({"process_index": 1}, "process_index must be in 0..0"),
+    ({"process_index": 0, "share": Share()}, "not both"),
     ({"seed": -1}, "seed must be 0 or more, got -1"),
     ({"num_epochs": 0}, "num_epochs must be at least 1"),
     ({"seq_len": 1}, "seq_len must be at least 2"),
