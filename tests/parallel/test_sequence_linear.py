@@ -6,14 +6,12 @@ from __future__ import annotations
 import functools
 
 import jax
-import jax.numpy as jnp
 import pytest
 from linear_cases import (
   EXCHANGES,
   KINDS,
   assert_equal,
   documents,
-  errors,
   inputs,
   many_devices,
   one_device,
@@ -46,6 +44,17 @@ def test_exchanges_agree_with_one_device(kind):
   """float64, outputs, final state and all gradients, with documents that straddle shards."""
   layers = {x: many_devices(4, check_vma=x == "chain", exchange=x) for x in EXCHANGES}
   compare(kind, True, 4, layers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_zigzag(kind, ranks):
+  layers = {
+    f"{x}, check_vma={check}": many_devices(ranks, check_vma=check, exchange=x, layout="zigzag")
+    for x, check in zip(EXCHANGES, (True, False, ranks == 2))
+  }
+  compare(kind, True, ranks, layers)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from jaxdec.parallel.sequence.config import SequenceConfig
 from jaxdec.parallel.sequence.halo import halo, next_token, short_convolution, token_shift
 from jaxdec.parallel.sequence.layout import from_zigzag, to_zigzag, token_index, zigzag_batch
 from jaxdec.parallel.sequence.linear import linear_attention
+from jaxdec.parallel.sequence.selective_scan import selective_scan
 from jaxdec.parallel.sequence.summary import payload_elements
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
   "linear_attention",
   "next_token",
   "payload_elements",
+  "selective_scan",
   "short_convolution",
   "to_zigzag",
   "token_index",
