@@ -57,7 +57,10 @@ def single():
   return loss_and_gradients(MeshConfig())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+  "case",
+  ["lasp2", "zigzag", *(pytest.param(c, marks=pytest.mark.slow) for c in ("ring", "ulysses"))],
+)
 def test_split_sequences_equal_one_device(single, case):
   """Packed documents straddle the shards, rows end in padding, labels cross every border."""
   loss, (metrics, gradients) = loss_and_gradients(*CASES[case])
@@ -83,6 +86,7 @@ def test_a_wrong_neighbour_shows():
   assert abs(losses[0] - losses[1]) > 1e-3
 
 
+@pytest.mark.slow
 def test_training_on_split_sequences_follows_one_device_and_resumes_elsewhere(tmp_path):
   """A zigzag run on 2 x 4 devices, continued with contiguous shards on 4, is the plain run."""
 
@@ -103,8 +107,10 @@ def test_training_on_split_sequences_follows_one_device_and_resumes_elsewhere(tm
   split = train(tmp_path / "split", "lasp2")
   losses = [[row["loss"] for row in read_metrics(tmp_path / f)] for f in ("one", "split")]
   np.testing.assert_allclose(*losses, rtol=1e-4)
+  # As a whole: Adam turns rounding into a step of its own where a gradient is nearly zero.
   for x, y in zip(jax.tree.leaves(one.params), jax.tree.leaves(split.params)):
-    np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=2e-3, atol=2e-4)
+    x, y = np.asarray(x), np.asarray(y)
+    assert np.linalg.norm(x - y) <= 2e-3 * np.linalg.norm(y)
 
 
 def test_what_does_not_fit_is_refused_before_compilation():
@@ -121,10 +127,12 @@ def test_what_does_not_fit_is_refused_before_compilation():
 def test_without_a_mesh_nothing_changes():
   """The attribute alone adds nothing to the program."""
   plain, split = task(), task(SequenceConfig())
-  params = plain.init(jax.random.key(0))
-  tokens = jnp.zeros((1, 8), jnp.int32)
+  params = jax.eval_shape(plain.init, jax.random.key(0))
+  tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
   texts = [
-    jax.jit(lambda t, m=x.model: m.apply({"params": params}, t).logits).lower(tokens).as_text()
+    jax.jit(lambda p, t, m=x.model: m.apply({"params": p}, t).logits)
+    .lower(params, tokens)
+    .as_text()
     for x in (plain, split)
   ]
   assert texts[0] == texts[1]
