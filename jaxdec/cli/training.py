@@ -11,13 +11,16 @@ from jaxdec.cli.checks import mesh_axes
 
 
 def run(config: configs.Train) -> int:
-  """Trains, or resumes what the run's folder holds; 0 also where it was stopped and saved."""
+  """Trains, or resumes what the run's folder holds; 130 where it was stopped and saved.
+
+  Whoever starts it again after a preemption tells by that code that there is more to do.
+  """
   from jaxdec.parallel.distributed import DistributedConfig, fail_fast, initialize
 
   initialize(DistributedConfig(config.coordinator, config.num_processes, config.process_id))
   with fail_fast():
-    recipe(config).make_trainer().train()
-  return 0
+    result = recipe(config).make_trainer().train()
+  return 130 if result.interrupted else 0
 
 
 def recipe(config: configs.Train) -> Any:
