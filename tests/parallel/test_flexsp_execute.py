@@ -17,14 +17,17 @@ from jaxdec.parallel.flexsp import (
   Group,
   Plan,
   Planner,
+  Result,
   exchange_bytes,
   measure,
   task_gradients,
 )
 from jaxdec.parallel.flexsp.execute import pack, token_bounds
 from jaxdec.parallel.mesh import make_mesh
+from jaxdec.parallel.sequence import SequenceConfig
 from jaxdec.training import LanguageModel
 from pallas_kernels.testing import COMPILE_ONCE
+from tests.parallel import processes
 from tests.training import tiny
 
 CAP = 16
@@ -211,6 +214,56 @@ def test_language_model_equals_one_device():
     close(run(Plan(8, lengths, COSTS, (groups,)), params, other).gradients, gradients)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "sequence",
+  [
+    SequenceConfig(attention="ulysses"),
+    SequenceConfig(attention="ring", layout="zigzag"),
+    SequenceConfig(attention="allgather"),
+  ],
+  ids=lambda s: f"{s.attention}-{s.layout}",
+)
+def test_sequence_parallel_layers_equal_one_device(sequence):
+  """With the layers' own collectives, and every micro-batch of a real plan."""
+  rows = sequences(LENGTHS, seed=5)
+  task, params = language_model(sequence, "scanned")
+  loss, weight, gradients = single_device(task, params, rows)
+  run = Executor(
+    task_gradients(task), cap=CAP, layout=sequence.layout, bounds=[CAP],
+    compiler_options=COMPILE_ONCE,
+  )  # fmt: skip
+  result = run(plan(method="milp"), params, rows)
+  np.testing.assert_allclose(result.loss, loss, rtol=1e-5)
+  assert float(result.weight) == weight
+  close(result.gradients, gradients)
+
+
+# Groups within a process, over both, and a micro-batch in which the second process idles.
+APART = Plan(
+  8, (50, 20, 9, 60, 7), COSTS,
+  (
+    (Group((2, 3, 4, 5), (0,)), Group((6, 7), (1,)), Group((0,), (2,))),
+    (Group(tuple(range(8)), (3,)),),
+    (Group((1,), (4,)),),
+  ),
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_of_four_devices(executor):
+  ends = processes.run(2, devices=4, variables={"script": __file__})
+  rows = sequences(APART.lengths)
+  for end in ends:
+    assert end.code == 0, end.err
+    loss, weight, *gradient = map(float, end.out.splitlines()[-1].split())
+    found = Result(np.float32(loss), np.float32(weight), {"w": np.float32(gradient)})
+    check(found, rows)
+    np.testing.assert_allclose(
+      found.gradients["w"], executor(APART, PARAMS, rows).gradients["w"], rtol=1e-6
+    )
+
+
 def test_token_bounds_waste_at_most_an_eighth():
   for cap in (1, 5, 16, 100, 1000, 12609):
     bounds = token_bounds(cap)
@@ -282,3 +335,18 @@ def test_exchange_bytes_of_a_decoder():
   assert exchange_bytes(config) == 3 * 2 * (2 * 4 + 2 * 2) * 8 * 2
   full = tiny_llama(dim=32, num_layers=3, num_heads=4, num_kv_heads=4, head_dim=8)
   assert exchange_bytes(full) == 16 * 3 * 32  # the paper's 16 l h
+
+
+def main():
+  """One of two processes."""
+  from jaxdec.parallel.distributed import initialize
+
+  initialize()
+  assert jax.process_count() == 2
+  run = Executor(regression, cap=CAP)
+  result = jax.device_get(run(APART, PARAMS, sequences(APART.lengths)))
+  print(result.loss, result.weight, *result.gradients["w"])
+
+
+if __name__ == "__main__":
+  main()

@@ -125,12 +125,12 @@ def lower_bound(lengths: Sequence[int], devices: int, model: CostModel) -> float
   ``max( b1 + sum_s min_d d c(s, d) / N,  b1 + max_s min_d c(s, d) )`` over the degrees that hold
   s: the group times, weighted by d / N, average to the first; the second is the longest sequence.
   """
-  area, longest = 0.0, 0.0
-  for s in lengths:
-    allowed = [d for d in degrees(devices) if d >= model.least_degree(s)]
-    area += min(d * float(model.time(s, d)) for d in allowed)
-    longest = max(longest, min(float(model.time(s, d)) for d in allowed))
-  return model.b1 + max(area / devices, longest)
+  lengths = np.asarray(lengths, np.int64)
+  area = longest = np.full(lengths.shape, np.inf)
+  for degree in degrees(devices):
+    time = np.where(lengths <= degree * model.cap, model.time(lengths, degree), np.inf)
+    area, longest = np.minimum(area, degree * time), np.minimum(longest, time)
+  return model.b1 + float(max(np.sum(area) / devices, np.max(longest)))
 
 
 def token_cap(

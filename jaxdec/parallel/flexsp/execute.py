@@ -212,7 +212,7 @@ class Executor:
       for group in groups:
         if any(self._mine[r] for r in group.ranks):
           self._run(plan, group, sequences, leaves, copies, tree, parts)
-      part = self._gather(parts)
+      part = self._gather(parts, placed[0])
       total = part if total is None else self._add(total, part)
     return self._finish(total, placed[0])
 
@@ -289,28 +289,26 @@ class Executor:
       loss, weight, gradients = self._function(mesh, params, batch, *extras)
       share = jnp.asarray(weight, jnp.float32) / degree
 
-      def row(x):
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+      def row(x, dtype):
         # A group without a label has no mean, and no say.
-        x = jnp.where(share > 0, x * share.astype(x.dtype), 0)
+        x = jnp.where(share > 0, x.astype(dtype) * share.astype(dtype), 0)
         return jnp.broadcast_to(x[None], (degree, *x.shape))
 
-      rows = jax.tree.map(row, (loss, gradients))
-      return jnp.broadcast_to(share[None], (degree,)), *rows
+      gradients = jax.tree.map(lambda g, p: row(g, _wide(p)), gradients, params)
+      return jnp.broadcast_to(share[None], (degree,)), row(loss, jnp.result_type(float)), gradients
 
     rows = NamedSharding(mesh, PartitionSpec(AXES))
     jitted = jax.jit(program, out_shardings=rows, compiler_options=self._options)
     return jitted.lower(arguments, batch).compile()
 
-  def _gather(self, parts):
+  def _gather(self, parts, params):
     """What every device holds as rows of arrays ``[N, ...]``; no data moves."""
-    some = next(part for part in parts if part is not None)
     for rank, device in enumerate(self._devices):
       if parts[rank] is None and self._mine[rank]:
         # Idle in this micro-batch.
-        parts[rank] = jax.tree.map(
-          lambda x, device=device: jax.device_put(np.zeros(x.shape, x.dtype), device), some
-        )
+        zeros = np.zeros(1, np.float32), np.zeros(1, jnp.result_type(float))
+        rows = jax.tree.map(lambda p: np.zeros((1, *p.shape), _wide(p)), params)
+        parts[rank] = jax.device_put((*zeros, rows), device)
     mine = [part for part in parts if part is not None]
 
     def assemble(*rows):
@@ -318,6 +316,11 @@ class Executor:
       return jax.make_array_from_single_device_arrays(shape, self._rows, list(rows))
 
     return jax.tree.map(assemble, *mine)
+
+
+def _wide(x: jax.Array) -> Any:
+  """The dtype that sums over groups are kept in."""
+  return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def _mean(total: Any, params: Any) -> Result:

@@ -252,15 +252,22 @@ class Planner:
     if self.method == "greedy":
       return answers
     room = self.devices * self.model.cap
-    rounded = [bucket(task, room, start=self._buckets) for task in tasks]
-    self._solve_new({b.histogram for b in rounded} - self._solved.keys())
-    for index, (task, buckets) in enumerate(zip(tasks, rounded)):
+    # Groups that are already within the gap of the lower bound are not worth a solver.
+    open_tasks = {
+      index: bucket(task, room, start=self._buckets)
+      for index, (task, (time, _)) in enumerate(zip(tasks, answers))
+      if time > lower_bound(task, self.devices, self.model) * (1 + self._settings[-1])
+    }
+    self._solve_new({b.histogram for b in open_tasks.values()} - self._solved.keys())
+    for index, buckets in open_tasks.items():
       solution = self._solved[buckets.histogram]
       if not solution.groups:
         continue
       groups = _spread(buckets, solution)
       # Judged by the true lengths, which the rounded ones only bound.
-      time = max(self.model.group_time([task[i] for i in inside], d) for d, inside in groups)
+      time = max(
+        self.model.group_time([tasks[index][i] for i in inside], d) for d, inside in groups
+      )
       if time < answers[index][0]:
         answers[index] = (time, groups)
     return answers
