@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels._dispatch import current_target
+from pallas_kernels.manual import vary_alike
 
 LANES = 128
 SUBLANES = 8
@@ -94,10 +96,13 @@ def call(
   vmem_limit_bytes: int | None = None,
   **compiler: Any,
 ) -> Callable[..., Any]:
-  """``pl.pallas_call`` with a name, a cost estimate and the compiler's parameters."""
-  return pl.pallas_call(
+  """``pl.pallas_call`` with a name, a cost estimate and the compiler's parameters.
+
+  Inside ``jax.shard_map`` its outputs vary over the mesh axes over which any input does.
+  """
+  make = functools.partial(
+    pl.pallas_call,
     kernel,
-    out_shape=out_shape,
     grid_spec=grid_spec,
     name=name,
     interpret=interpret,
@@ -112,6 +117,14 @@ def call(
       transcendentals=int(transcendentals),
     ),
   )
+
+  def run(*args):
+    args = vary_alike(*args)
+    kind = jax.typeof(jax.tree.leaves(args)[0]).manual_axis_type
+    shapes = jax.tree.map(lambda x: x.update(manual_axis_type=kind), out_shape)
+    return make(out_shape=shapes)(*args)
+
+  return run
 
 
 def to_kernel(x: jax.Array) -> jax.Array:
