@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run's checkpoints: parameters, optimizer state and the position in the data, saved as one.
 
-Layout: ``<work_dir>/checkpoints/<step>/{params, optimizer, data}``. A step appears under its final
-name only when all of it is written, so an interrupted save leaves the previous one untouched.
+Layout: ``<work_dir>/checkpoints/<step>/{params, optimizer, ema, data}``, ``ema`` only where one is
+kept. A step appears under its final name only when all of it is written, so an interrupted save
+leaves the previous one untouched.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdec.errors import UserError
+from jaxdec.parallel.distributed import gather_texts
 
 
 def _orbax():
@@ -43,16 +45,7 @@ def decode_state(text: str) -> Any:
 
 def gather_states(text: str) -> list[str]:
   """Every process's text, in process order; one entry where all agree."""
-  if jax.process_count() == 1:
-    return [text]
-  from jax.experimental import multihost_utils
-
-  raw = np.frombuffer(text.encode(), np.uint8)
-  longest = int(np.max(multihost_utils.process_allgather(np.asarray(raw.size))))
-  padded = np.zeros(longest, np.uint8)
-  padded[: raw.size] = raw
-  rows = np.asarray(multihost_utils.process_allgather(padded))
-  texts = [bytes(row).rstrip(b"\0").decode() for row in rows]
+  texts = gather_texts(text)
   return texts[:1] if len(set(texts)) == 1 else texts
 
 
@@ -101,33 +94,28 @@ class Checkpoints:
     latest = self._manager.latest
     return None if latest is None else latest.step
 
-  def save(self, step: int, params: Any, optimizer: Any, data: Any) -> None:
-    """Saves in the background; returns once the arrays may be overwritten (donated)."""
+  def save(self, step: int, state: dict[str, Any], data: Any) -> None:
+    """Saves in the background; returns once the arrays may be overwritten (donated).
+
+    Args:
+      state: trees of arrays by name. data: this process's iterator state.
+    """
     if self.latest == step:
       return
     if jax.default_backend() == "cpu":
       # A host copy of a CPU array may be the array itself, which the next step overwrites.
-      params, optimizer = _copy((params, optimizer))
-    self._manager.save_checkpointables_async(
-      step,
-      {
-        "params": params,
-        "optimizer": optimizer,
-        "data": {"states": gather_states(encode_state(data))},
-      },
-      force=True,
-    )
+      state = _copy(state)
+    position = {"states": gather_states(encode_state(data))}
+    self._manager.save_checkpointables_async(step, {**state, "data": position}, force=True)
 
-  def restore(self, step: int, params: Any, optimizer: Any) -> tuple[Any, Any, Any]:
-    """Parameters, optimizer state, and this process's iterator state at ``step``.
+  def restore(self, step: int, state: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """The trees of ``save``, and this process's iterator state, at ``step``.
 
     Args:
-      params: abstract (``ShapeDtypeStruct`` with shardings). optimizer: the same.
+      state: abstract trees by name (``ShapeDtypeStruct`` with shardings).
     """
-    loaded = self._manager.load_checkpointables(
-      step, {"params": params, "optimizer": optimizer, "data": None}
-    )
-    return loaded["params"], loaded["optimizer"], own_state(loaded["data"]["states"])
+    loaded = self._manager.load_checkpointables(step, {**state, "data": None})
+    return {name: loaded[name] for name in state}, own_state(loaded["data"]["states"])
 
   def close(self) -> None:
     """Waits for the save under way."""
@@ -140,14 +128,15 @@ class Checkpoints:
     self.close()
 
 
-def load_params(work_dir: str | pathlib.Path, step: int | None = None) -> Any:
+def load_params(work_dir: str | pathlib.Path, step: int | None = None, *, ema: bool = False) -> Any:
   """The trained parameters of a run, as host arrays.
 
   Args:
     work_dir: the run's folder. step: which checkpoint; None: the last.
+    ema: their average (``TrainerConfig.ema``) instead.
 
   Raises:
-    UserError: no such folder, or no such checkpoint in it.
+    UserError: no such folder, no such checkpoint in it, or no average in that.
   """
   root = pathlib.Path(work_dir).absolute()
   folder = root / "checkpoints"
@@ -159,7 +148,13 @@ def load_params(work_dir: str | pathlib.Path, step: int | None = None) -> Any:
     raise UserError(f"{str(work_dir)!r} holds {what}; give the work_dir of a training run")
   ocp = _orbax()
   path = folder / str(steps[-1] if step is None else step)
+  name = "ema" if ema else "params"
+  saved = ocp.checkpointables_metadata(path).metadata
+  if name not in saved:
+    raise UserError(
+      f"{str(work_dir)!r} was trained without ema and holds no average; load it with ema=False, or "
+      "train with TrainerConfig(ema=0.999)"
+    )
   # Asked for as NumPy arrays, so that the mesh it was saved from need not exist here.
-  metadata = ocp.checkpointables_metadata(path).metadata["params"]
-  abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), metadata)
-  return ocp.load_checkpointables(path, {"params": abstract})["params"]
+  abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), saved[name])
+  return ocp.load_checkpointables(path, {name: abstract})[name]

@@ -82,12 +82,22 @@ class TrainerConfig:
     steps: optimizer steps in all. seed: of the initial parameters and of every step's ``rng``.
     optimizer: see ``OptimizerConfig``.
     accumulate: gradients of this many slices of each batch are averaged before a step.
+    grad_dtype: in which gradients are summed over those slices and clipped, and the optimizer keeps
+      its moments (the model's ``param_dtype`` and ``dtype`` are the two other types of a run, see
+      ``jaxdec.training.gradients``); ``bfloat16`` halves that memory and rounds every sum.
+    ema: decay of an average of the parameters, which is evaluated and saved beside them; None:
+      none. See ``jaxdec.training.ema``.
+    nan_policy: where loss or gradient norm are not finite, ``stop`` ends the run and names what is
+      wrong, ``skip`` leaves parameters and optimizer (its count of steps too) as they were. No such
+      step is ever kept or saved. max_skips: steps in a row that may be skipped; one more stops.
     log_every: steps between reports; None: about 20 reports a run.
     eval_every: steps between evaluations; None: only after the last step. Without evaluation data
       there is none.
     checkpoint_every: steps between checkpoints; the last step is always saved.
     keep: how many checkpoints stay on disk.
     mesh: devices along ``data``, ``fsdp``, ``tensor``, ``seq``.
+    profile: ``(start, stop)``: steps ``start`` to ``stop - 1`` are traced into
+      ``<work_dir>/profile``, on the first process.
     tensorboard: also write TensorBoard files (needs ``tensorboardX``).
     progress: print reports.
   """
@@ -97,16 +107,56 @@ class TrainerConfig:
   seed: int = 0
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
   accumulate: int = 1
+  grad_dtype: Literal["float32", "bfloat16"] = "float32"
+  ema: float | None = None
+  nan_policy: Literal["stop", "skip"] = "stop"
+  max_skips: int = 10
   log_every: int | None = None
   eval_every: int | None = None
   checkpoint_every: int = 500
   keep: int = 2
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  profile: tuple[int, int] | None = None
   tensorboard: bool = False
   progress: bool = True
 
   def __post_init__(self):
-    for name in ("steps", "accumulate", "log_every", "eval_every", "checkpoint_every", "keep"):
+    for name in (
+      "steps", "accumulate", "log_every", "eval_every", "checkpoint_every", "keep", "max_skips",
+    ):  # fmt: skip
       value = getattr(self, name)
       if value is not None and value < 1:
         raise UserError(f"{name} must be at least 1, got {value}")
+    choices = {"grad_dtype": ("float32", "bfloat16"), "nan_policy": ("stop", "skip")}
+    for name, allowed in choices.items():
+      if getattr(self, name) not in allowed:
+        raise UserError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+    if self.ema is not None and not 0 < self.ema < 1:
+      raise UserError(f"ema must lie between 0 and 1, such as 0.999, or be None, got {self.ema}")
+    if self.profile is not None:
+      self._check_window(*self.profile)
+
+  def _check_window(self, start: int, stop: int) -> None:
+    if not 1 <= start < stop <= self.steps + 1:
+      raise UserError(
+        f"profile={start}:{stop} must be steps START:STOP with 1 <= START < STOP, STOP not traced, "
+        f"within the run's {self.steps} steps"
+      )
+    if self.work_dir is None:
+      raise UserError(f"profile={start}:{stop} writes into work_dir, which is None; give one")
+
+
+def parse_window(text: str) -> tuple[int, int]:
+  """``"100:105"`` as ``(100, 105)``: the steps 100 to 104.
+
+  Raises:
+    UserError: anything but two whole numbers, the second larger.
+  """
+  parts = text.split(":")
+  if len(parts) == 2 and all(part.isascii() and part.isdigit() for part in parts):
+    start, stop = map(int, parts)
+    if 1 <= start < stop:
+      return start, stop
+  raise UserError(
+    f"a profile window is START:STOP, such as 100:105 for the steps 100 to 104, got {text!r}"
+  )

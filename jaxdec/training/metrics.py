@@ -8,6 +8,7 @@ import math
 import os
 import pathlib
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -15,7 +16,8 @@ import numpy as np
 
 from jaxdec.errors import UserError
 
-# Dense bf16 FLOP/s per chip, from the vendors' data sheets; the longest matching prefix counts.
+# Dense bf16 FLOP/s of a JAX device, from the vendors' data sheets; the longest matching prefix
+# counts. A device is a chip, but on TPU7x one of a chip's two cores.
 _PEAK = {
   "TPU v4": 275e12,
   "TPU v5 lite": 197e12,
@@ -23,7 +25,7 @@ _PEAK = {
   "TPU v5": 459e12,
   "TPU v6 lite": 918e12,
   "TPU v6e": 918e12,
-  "TPU7x": 2307e12,
+  "TPU7x": 1153.5e12,
   "NVIDIA B200": 2250e12,
   "NVIDIA H200": 989e12,
   "NVIDIA H100": 989e12,
@@ -38,6 +40,19 @@ def peak_flops(device: jax.Device) -> float | None:
   kind = device.device_kind
   found = [name for name in _PEAK if kind.startswith(name)]
   return _PEAK[max(found, key=len)] if found else None
+
+
+def memory_use(devices: Iterable[jax.Device]) -> dict[str, int]:
+  """Device memory in use now and at most so far, of this process's fullest device; ``{}`` where
+  the backend does not tell (CPUs)."""
+  local = [d for d in devices if d.process_index == jax.process_index()]
+  stats = [s for d in local if (s := d.memory_stats())]
+  names = {"hbm_bytes": "bytes_in_use", "hbm_peak_bytes": "peak_bytes_in_use"}
+  return {
+    name: max(s[key] for s in stats)
+    for name, key in names.items()
+    if stats and all(key in s for s in stats)
+  }
 
 
 def plain(value: Any) -> Any:

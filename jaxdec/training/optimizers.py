@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from jaxdec.parallel.rules import path_name
@@ -95,8 +94,3 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
   if config.clip_norm is None:
     return core
   return optax.chain(optax.clip_by_global_norm(config.clip_norm), core)
-
-
-def global_norm(tree: Any) -> jax.Array:
-  """Euclidean norm over all leaves, float32."""
-  return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))

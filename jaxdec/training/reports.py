@@ -3,99 +3,118 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from jaxdec.errors import UserError
-from jaxdec.training.metrics import MetricsWriter, Progress, clock, human, peak_flops
+from jaxdec.training.metrics import MetricsWriter, Progress, clock, human, memory_use, peak_flops
 
 if TYPE_CHECKING:
   from jaxdec.training.trainer import Trainer
 
 
 class Reports:
-  """Collects device-side metrics and fetches them one step late, so the device never waits."""
+  """Collects device-side metrics and fetches them one step late, so the device never waits.
+
+  A step's seconds run from the arrival of the result before it to that of its own, evaluation left
+  out: what a step costs with all that it waits for (data, saves). The first step, which compiles,
+  is in no rate.
+  """
 
   def __init__(self, trainer: Trainer, writer: MetricsWriter | None, progress: Progress):
     self._trainer, self._writer, self._progress = trainer, writer, progress
     self._window: list[dict[str, jax.Array]] = []
     self._ready: tuple[int, list] | None = None
+    self._newest: jax.Array | None = None
+    self._seconds: list[float] = []
+    self._compiled = False
     self.last: dict[str, Any] = {}
 
-  def start(self, params, batch, step):
+  def start(self, params, batch):
     tokens = batch.get("tokens", next(iter(batch.values())))
-    self._tokens = int(np.prod(tokens.shape[:2])) * jax.process_count()
+    self._tokens = self._trainer.global_rows(tokens.shape[0]) * math.prod(tokens.shape[1:2])
     length = tokens.shape[1] if tokens.ndim > 1 else 1
     self._flops = self._trainer.task.flops_per_token(params, length)
-    self._time, self._step = time.perf_counter(), step
-    self._begin, self._first = self._time, None
+    self._mark = time.perf_counter()
 
   def add(self, step, metrics):
-    if self._window:
-      # One step of slack bounds how far the host runs ahead.
-      jax.block_until_ready(self._window[-1]["loss"])
-    if self._first is None and step > self._step + 1:
-      # From here on no step compiles, so rates leave the first step out.
-      self._first = time.perf_counter() - self._begin
-      self._progress.line(f"compiled and ran the first step in {clock(self._first)}")
-      self._time, self._step = time.perf_counter(), step - 1
+    self._arrive()  # one step of slack bounds how far the host runs ahead
     if self._ready is not None:
       self._emit()
     self._window.append(metrics)
+    self._newest = metrics["loss"]
 
   def request(self, step):
     """Report the window that ends here, once its numbers have arrived."""
     self._ready, self._window = (step, self._window), []
 
   def flush(self):
+    self._arrive()
     if self._ready is not None:
       self._emit()
-    elif self._window:
-      self._check(jax.device_get(self._window[-1]))
 
-  def _check(self, metrics):
-    if not np.isfinite(metrics["loss"]):
-      raise UserError(
-        f"the loss is {float(metrics['loss'])}; lower the learning rate or clip harder, and resume "
-        "from the last checkpoint"
-      )
+  def _arrive(self):
+    """Waits for the newest step and takes its time."""
+    if self._newest is None:
+      return
+    jax.block_until_ready(self._newest)
+    self._newest, now = None, time.perf_counter()
+    spent, self._mark = now - self._mark, now
+    if self._compiled:
+      self._seconds.append(spent)
+    else:
+      self._compiled = True
+      self._progress.line(f"compiled and ran the first step in {clock(spent)}")
 
   def _emit(self):
     step, window = self._ready
     self._ready = None
     rows = jax.device_get(window)
-    now = time.perf_counter()
-    for row in rows:
-      self._check(row)
+    good = [row for row in rows if np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"])]
     names = ["loss", *(name for name in rows[0] if name not in ("loss", "weight"))]
-    values = {name: np.mean([row[name] for row in rows], axis=0) for name in names}
+    values = {name: np.mean([row[name] for row in good or rows], axis=0) for name in names}
     values["learning_rate"] = rows[-1]["learning_rate"]
-    spent, steps = now - self._time, step - self._step
     shown: dict[str, Any] = dict(values)
-    if steps > 0 and spent > 0 and self._first is not None:
-      rate = self._tokens * steps / spent
-      devices = self._trainer.mesh.devices
-      peak = peak_flops(devices.flat[0])
-      values["tokens_per_second"] = rate
-      values["model_flops_per_second"] = rate * self._flops
-      shown[""] = f"{human(rate)} tok/s"
-      if peak is None:
-        shown["model"] = human(rate * self._flops, "FLOP/s")
-      else:
-        values["mfu"] = rate * self._flops / (peak * devices.size)
-        shown["MFU"] = f"{values['mfu']:.1%}"
-      shown["eta"] = clock((self._trainer.config.steps - step) * spent / steps)
-      self._time, self._step = now, step
+    if self._trainer.config.nan_policy == "skip":
+      values["skipped"] = len(rows) - len(good)
+      if len(good) < len(rows):
+        shown["skipped"] = values["skipped"]
+    if self._seconds:
+      self._rates(values, shown)
+      shown["eta"] = clock((self._trainer.config.steps - step) * np.mean(self._seconds))
+      self._seconds = []
     self.last = values
     if self._writer is not None:
       self._writer.write(step, "train", values)
     self._progress.report(step, shown)
 
+  def _rates(self, values, shown):
+    """Tokens and FLOPs a second, memory, and how long steps took."""
+    rate = self._tokens / np.mean(self._seconds)
+    devices = self._trainer.mesh.devices
+    peak = peak_flops(devices.flat[0])
+    values["tokens_per_second"] = rate
+    values["model_flops_per_second"] = rate * self._flops
+    shown[""] = f"{human(rate)} tok/s"
+    if peak is None:
+      shown["model"] = human(rate * self._flops, "FLOP/s")
+    else:
+      values["mfu"] = rate * self._flops / (peak * devices.size)
+      shown["MFU"] = f"{values['mfu']:.1%}"
+    for percent in (50, 90, 99):
+      values[f"step_seconds_p{percent}"] = np.percentile(self._seconds, percent)
+    middle, slow = values["step_seconds_p50"], values["step_seconds_p99"]
+    shown["time"] = f"{1e3 * middle:.3g} ms (p99 {1e3 * slow:.3g})"
+    memory = memory_use(devices.flat)
+    values.update(memory)
+    if memory:
+      shown["HBM"] = human(memory["hbm_peak_bytes"], "B")
+
   def evaluated(self, step, values, seconds):
-    self._time += seconds  # evaluation is no training time
+    self._mark += seconds  # evaluation is no training time
     if self._writer is not None:
       self._writer.write(step, "eval", values)
     self._progress.report(step, {"eval:": "", **values})

@@ -17,6 +17,8 @@ from typing import Any
 import jax
 
 from jaxdec.errors import UserError
+from jaxdec.parallel.distributed import gather_texts
+from jaxdec.training.config import TrainerConfig
 
 # How a run is watched, stored and spread over devices does not change what it computes (up to
 # rounding, for the mesh), so a resumed run may differ in these.
@@ -27,6 +29,9 @@ FREE = frozenset(
     "eval_every",
     "checkpoint_every",
     "keep",
+    "nan_policy",
+    "max_skips",
+    "profile",
     "tensorboard",
     "progress",
     "mesh",
@@ -82,6 +87,26 @@ class RunFolder:
   def __init__(self, path: str | pathlib.Path, config: dict[str, Any]):
     self.path = pathlib.Path(path).absolute()
     self._lock = None
+    # The first process decides; the others hear its objection, or find what it wrote.
+    problem = ""
+    if jax.process_index() == 0:
+      try:
+        self._open(path, config)
+      except UserError as error:
+        problem = str(error)
+    problem = gather_texts(problem)[0]
+    if problem:
+      raise UserError(problem)
+    if jax.process_index():
+      stored = self.path / "config.json"
+      if not stored.is_file():
+        raise UserError(
+          f"process {jax.process_index()} does not see work_dir {str(path)!r}, which process 0 has "
+          "opened; all processes need the same folder, on a file system they share"
+        )
+      self._same(path, _read(stored), config)
+
+  def _open(self, path, config):
     stored = self.path / "config.json"
     if self.path.exists() and not self.path.is_dir():
       raise UserError(f"work_dir {str(path)!r} is a file; give a folder, new or of the same run")
@@ -92,8 +117,6 @@ class RunFolder:
         f"work_dir {str(path)!r} holds files that are no training run (no config.json); "
         "give a new folder"
       )
-    if jax.process_index():
-      return
     self.path.mkdir(parents=True, exist_ok=True)
     self._claim(path)
     if not stored.is_file():
@@ -103,6 +126,8 @@ class RunFolder:
 
   @staticmethod
   def _same(path, old, new):
+    if "trainer" in old:  # a setting that the run's version did not have yet was at its default
+      old = {**old, "trainer": {**to_json(TrainerConfig()), **old["trainer"]}}
     found = [item for item in differences(old, json.loads(json.dumps(new))) if not _free(item[0])]
     if found:
       where, before, now = found[0]

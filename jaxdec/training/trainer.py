@@ -26,13 +26,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxdec.errors import UserError
 from jaxdec.parallel import mesh as mesh_lib
 from jaxdec.parallel import rules as rules_lib
+from jaxdec.parallel.batches import batch_share, check_agreement, place_batch
 from jaxdec.parallel.sequence.config import SequenceConfig
 from jaxdec.parallel.sequence.layout import zigzag_batch
+from jaxdec.training import ema
 from jaxdec.training.checkpoints import Checkpoints
 from jaxdec.training.config import TrainerConfig
+from jaxdec.training.gradients import as_gradients, loss_and_gradients
+from jaxdec.training.guard import Guard, examine, keep_if
 from jaxdec.training.interruption import Replayable, Stop
 from jaxdec.training.metrics import MetricsWriter, Progress
-from jaxdec.training.optimizers import global_norm, make_optimizer, schedule
+from jaxdec.training.optimizers import make_optimizer, schedule
+from jaxdec.training.profile import ProfileWindow
 from jaxdec.training.reports import Reports
 from jaxdec.training.run_folder import RunFolder, to_json
 from jaxdec.training.task import Task
@@ -45,6 +50,17 @@ class TrainState:
   step: jax.Array
   params: Any
   optimizer: Any
+  ema: Any = None
+
+  def saved(self) -> dict[str, Any]:
+    """What a checkpoint holds of it, by name."""
+    state = {"params": self.params, "optimizer": self.optimizer}
+    return state if self.ema is None else {**state, "ema": self.ema}
+
+  @property
+  def evaluated(self) -> Any:
+    """The parameters that evaluation is about: the average, where there is one."""
+    return self.params if self.ema is None else self.ema
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +68,7 @@ class TrainResult:
   """What ``Trainer.train`` leaves behind.
 
   Attributes:
-    params: trained parameters, still on the mesh.
+    params: trained parameters, still on the mesh. ema: their average, if one was kept.
     step: steps done; fewer than configured only if ``interrupted``.
     interrupted: a SIGTERM or Ctrl-C came; the state was saved, the same call resumes.
     metrics: last evaluation (or last report, without evaluation data).
@@ -62,6 +78,7 @@ class TrainResult:
   step: int
   interrupted: bool
   metrics: dict[str, Any]
+  ema: Any = None
 
 
 class Trainer:
@@ -121,21 +138,25 @@ class Trainer:
     boxed = jax.eval_shape(self.task.init, self._init_key)
     params_sharding = rules_lib.shardings(boxed, self.rules, self.mesh)
     params = nn.unbox(boxed)
-    optimizer = jax.eval_shape(self._optimizer.init, params)
-    optimizer_sharding = rules_lib.like_parameters(optimizer, params, params_sharding, self.mesh)
-    self.shardings = TrainState(self._replicated, params_sharding, optimizer_sharding)
+    state = jax.eval_shape(self._begin, params)
+    optimizer = rules_lib.like_parameters(state.optimizer, params, params_sharding, self.mesh)
+    average = None if state.ema is None else params_sharding
+    self.shardings = TrainState(self._replicated, params_sharding, optimizer, average)
     self.abstract = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, optimizer),
-      self.shardings,
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, self.shardings
     )
+
+  def _begin(self, params: Any) -> TrainState:
+    """Step 0 with these parameters."""
+    optimizer = self._optimizer.init(as_gradients(params, self.config.grad_dtype))
+    average = None if self.config.ema is None else ema.begin(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer, average)
 
   def init_state(self) -> TrainState:
     """Step 0, made in place on the mesh."""
 
     def init(key):
-      params = nn.unbox(self.task.init(key))
-      return TrainState(jnp.zeros((), jnp.int32), params, self._optimizer.init(params))
+      return self._begin(nn.unbox(self.task.init(key)))
 
     with self._context():
       return jax.jit(init, out_shardings=self.shardings)(self._init_key)
@@ -157,11 +178,7 @@ class Trainer:
 
   def place_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """This process's rows as part of the global batch, in the layout of the sequence shards."""
-    batch = self._in_layout(batch)
-    return {
-      name: jax.make_array_from_process_local_data(self._sharding_of(value), np.asarray(value))
-      for name, value in batch.items()
-    }
+    return place_batch(self._in_layout(batch), self.mesh, self.rules)
 
   def _in_layout(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
     ways = rules_lib.length_ways(self.mesh, self.rules)
@@ -172,11 +189,14 @@ class Trainer:
   def _sharding_of(self, value) -> NamedSharding:
     return rules_lib.batch_sharding(self.mesh, self.rules, rank=min(np.ndim(value), 2))
 
+  def global_rows(self, rows: int) -> int:
+    """The rows of the global batch of which this process reads ``rows``."""
+    return batch_share(self.mesh, self.rules).total(rows)
+
   def _check(self, batch: Mapping[str, Any], split: int = 1) -> None:
     """Sizes of the global batch of which this process has these rows."""
-    rows = jax.process_count()
     shapes = {
-      name: jax.ShapeDtypeStruct((x.shape[0] * rows, *x.shape[1:]), x.dtype)
+      name: jax.ShapeDtypeStruct((self.global_rows(x.shape[0]), *x.shape[1:]), x.dtype)
       for name, x in batch.items()
     }
     rules_lib.check_batch(shapes, self.mesh, self.rules, split=split)
@@ -191,46 +211,24 @@ class Trainer:
   # -- compiled functions ------------------------------------------------------------------------
 
   def _gradients(self, params, frozen, batch, key):
-    grad = jax.value_and_grad(self.task.loss, has_aux=True)
-    slices = self.config.accumulate
-    if slices == 1:
-      (loss, metrics), gradients = grad(params, frozen, batch, key)
-      return loss, metrics, gradients
-
-    # Strided slices keep every slice spread over all batch shards.
-    batch = jax.tree.map(
-      lambda x: x.reshape(x.shape[0] // slices, slices, *x.shape[1:]).swapaxes(0, 1), batch
-    )
-
-    def body(total, item):
-      index, part = item
-      (loss, metrics), gradients = grad(params, frozen, part, jax.random.fold_in(key, index))
-      weight = metrics.pop("weight", jnp.ones((), jnp.float32))
-      new = jax.tree.map(lambda x: x * weight, (loss, metrics, gradients))
-      return jax.tree.map(jnp.add, total, (weight, new)), None
-
-    first = jax.tree.map(lambda x: x[0], batch)
-    shapes = jax.eval_shape(lambda: grad(params, frozen, first, key))
-    (loss, metrics), gradients = shapes
-    weighted = "weight" in metrics
-    metrics.pop("weight", None)
-    zero = jax.tree.map(
-      lambda x: jnp.zeros(x.shape, x.dtype),
-      (jax.ShapeDtypeStruct((), jnp.float32), (loss, metrics, gradients)),
-    )
-    (weight, sums), _ = jax.lax.scan(body, zero, (jnp.arange(slices), batch))
-    loss, metrics, gradients = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-9), sums)
-    return loss, {**metrics, "weight": weight} if weighted else metrics, gradients
+    settings = {"slices": self.config.accumulate, "grad_dtype": self.config.grad_dtype}
+    return loss_and_gradients(self.task.loss, params, frozen, batch, key, **settings)
 
   def step_fn(self, state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict]:
     """One optimizer step; pure, for ``jit``."""
     key = jax.random.fold_in(self._step_key, state.step)
     loss, metrics, gradients = self._gradients(state.params, frozen, batch, key)
+    health = examine(loss, gradients)
     updates, optimizer = self._optimizer.update(gradients, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = {"loss": loss, **metrics, "grad_norm": global_norm(gradients)}
+    average = state.ema
+    if average is not None:
+      average = ema.follow(average, params, self.config.ema, state.step)
+    new = TrainState(state.step, params, optimizer, average)
+    new = keep_if(health.finite, new, state).replace(step=state.step + 1)
+    metrics = {"loss": loss, **metrics, "grad_norm": health.grad_norm, "health": health}
     metrics["learning_rate"] = jnp.asarray(self._schedule(state.step), jnp.float32)
-    return TrainState(state.step + 1, params, optimizer), metrics
+    return new, metrics
 
   def compile(self, batch: Mapping[str, np.ndarray]) -> Callable:
     """The compiled step for batches shaped like this one; checks sizes before compiling."""
@@ -296,7 +294,7 @@ class Trainer:
 
     Raises:
       UserError: the work directory holds another run; sizes that do not divide; data that ends.
-      UserError: also where the loss is not finite; the last checkpoint is from before.
+      UserError: also where loss or gradients are not finite; the last checkpoint is from before.
     """
     folder = None
     if self.config.work_dir is not None:
@@ -317,19 +315,18 @@ class Trainer:
         checkpoints = Checkpoints(folder.path / "checkpoints", keep=config.keep)
         start = checkpoints.latest or 0
       if start:
-        params, optimizer, position = checkpoints.restore(
-          start, self.abstract.params, self.abstract.optimizer
-        )
+        saved, position = checkpoints.restore(start, self.abstract.saved())
         step = jax.device_put(jnp.asarray(start, jnp.int32), self._replicated)
-        state = TrainState(step, params, optimizer)
+        state = TrainState(step, **saved)
         self._data.set_state(position)
         progress.line(f"resumed {config.work_dir} at step {start} of {config.steps}")
       else:
         state = self.init_state()
       if folder is not None:
         writer = MetricsWriter(folder.path, tensorboard=config.tensorboard, resume_step=start)
-      with Stop() as stop:
-        return self._loop(state, start, checkpoints, writer, progress, stop)
+      trace = None if folder is None else folder.path / "profile"
+      with Stop() as stop, ProfileWindow(config.profile, trace) as profile:
+        return self._loop(state, start, checkpoints, writer, progress, stop, profile)
     finally:
       progress.close()
       if writer is not None:
@@ -337,28 +334,33 @@ class Trainer:
       if checkpoints is not None:
         checkpoints.close()
 
-  def _loop(self, state, start, checkpoints, writer, progress, stop) -> TrainResult:
+  def _loop(self, state, start, checkpoints, writer, progress, stop, profile) -> TrainResult:
     config = self.config
     frozen = self.place_frozen()
     log_every = config.log_every or max(1, math.ceil(config.steps / 20))
     last: dict[str, Any] = {}
     reports = Reports(self, writer, progress)
+    guard = Guard(config.nan_policy, config.max_skips, state.params)
     step_fn = shape = None
     interrupted = False
     for step in range(start + 1, config.steps + 1):
       batch = self._next(step)
       if shape is None:
+        check_agreement(batch, self.mesh, self.rules)
         step_fn, shape = self.compile(batch), _shape(batch)
-        reports.start(state.params, batch, start)
+        reports.start(state.params, batch)
       elif _shape(batch) != shape:
         raise UserError(
           f"batch {step} has shapes {_shape(batch)}, the first one had {shape}; every batch must "
           "have the same"
         )
-      with self._context():
+      with self._context(), profile.step(step) as result:
         state, metrics = step_fn(state, frozen, self.place_batch(batch))
-      # The numbers of the step before: this one is still running.
+        result.append(metrics["loss"])
+      # Both look at the step before: this one is still running.
+      health = metrics.pop("health")
       reports.add(step, metrics)
+      guard.add(step, health, state.params)
       done = step == config.steps
       if step % log_every == 0 or done:
         reports.request(step)
@@ -367,24 +369,25 @@ class Trainer:
       evaluates = done or (config.eval_every is not None and step % config.eval_every == 0)
       saves = done or interrupted or step % config.checkpoint_every == 0
       if evaluates or saves:
-        reports.flush()  # a state that is not finite must not be saved
+        reports.flush()
+        guard.flush(state.params)
       if checkpoints is not None and saves:
-        checkpoints.save(step, state.params, state.optimizer, self._data.get_state())
+        checkpoints.save(step, state.saved(), self._data.get_state())
       if interrupted:
         break
       if evaluates and self._eval_data is not None:
         before = time.perf_counter()
-        last = self.evaluate(state.params, frozen, step)
+        last = self.evaluate(state.evaluated, frozen, step)
         reports.evaluated(step, last, time.perf_counter() - before)
     reports.flush()
     step = int(state.step)
     if start >= config.steps:
-      last = self.evaluate(state.params, frozen, step)
+      last = self.evaluate(state.evaluated, frozen, step)
       progress.line(f"{config.work_dir} is already finished ({start} steps)")
     if interrupted:
       kept = "saved; the same command resumes" if checkpoints is not None else "nothing is kept"
       progress.line(f"interrupted after step {step} of {config.steps}: {kept}")
-    return TrainResult(state.params, step, interrupted, last or reports.last)
+    return TrainResult(state.params, step, interrupted, last or reports.last, state.ema)
 
   def _next(self, step):
     try:
