@@ -170,7 +170,7 @@ def distill(
     "seq_len": config.seq_len,
   }  # fmt: skip
   drafter = finish(
-    task, result.params, held_out(corpora, config), config.trainer.work_dir,
+    task, result.params, held_out(corpora, config, Share()), config.trainer.work_dir,
     num_nodes=config.num_nodes, extra=facts,
   )  # fmt: skip
   return Distilled(drafter, result.params, result, time.perf_counter() - begin)

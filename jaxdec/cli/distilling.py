@@ -12,13 +12,19 @@ from jaxdec.errors import UserError
 
 def run(config: configs.Distill, mesh: dict[str, int], lm: Any) -> int:
   """Trains, or resumes what ``work_dir`` holds; 0 also where it was stopped and saved."""
+  import jax
+
   from jaxdec.distillation import distill
 
+  if config.work_dir is None and jax.process_count() > 1:
+    raise UserError("several processes need one folder for all; give --work-dir")
   work_dir = config.work_dir or str(free_folder("runs", config.drafter))
-  print(f"run folder: {work_dir}", flush=True)
+  first = jax.process_index() == 0
+  if first:
+    print(f"run folder: {work_dir}", flush=True)
   job = settings(config, mesh, work_dir)
   done = distill(lm.model, lm.params, lm.tokenizer, job)
-  if done.drafter is not None:
+  if done.drafter is not None and first:
     print(
       f"{config.drafter} trained in {done.seconds:.0f} s; use it with\n"
       f"  jaxdec generate --model {config.model} --drafter {work_dir} --prompt ..."

@@ -294,6 +294,21 @@ def fail_fast() -> Iterator[None]:
     os._exit(code)
 
 
+def to_host(tree: Any) -> Any:
+  """The tree with whole arrays on every host, one leaf after the other.
+
+  Communicates: each leaf that no process holds whole, from all to all.
+  """
+  from jax.experimental import multihost_utils
+
+  def one(leaf):
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+      return leaf
+    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+  return jax.tree.map(one, tree)
+
+
 def gather_texts(text: str) -> list[str]:
   """Every process's text, in process order. Communicates the longest one from each to all."""
   if jax.process_count() == 1:

@@ -148,7 +148,7 @@ def task(kind: str):
   from jaxdec.training import LanguageModel
 
   config = tiny_llama(
-    vocab_size=VOCAB, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, hidden_dim=64
+    vocab_size=VOCAB, dim=32, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, hidden_dim=64
   )
   sequence = {
     "plain": None,

@@ -21,6 +21,7 @@ from jaxdec.drafting.checkpoint import fingerprint, save_drafter, to_config
 from jaxdec.drafting.dynamic_tree import DynamicTree
 from jaxdec.drafting.static_tree import expected_tokens, greedy_tree
 from jaxdec.drafting.trained import TrainedDrafter
+from jaxdec.parallel.distributed import to_host
 from jaxdec.training.task import Batch, Task
 
 
@@ -31,7 +32,7 @@ class Distill(Task):
     self.drafter = drafter
     self.model = model
     self._target_params = target_params
-    self._fingerprint = fingerprint(model, target_params)
+    self._fingerprint = fingerprint(model, to_host(nn.unbox(target_params)))
 
   def init(self, rng: jax.Array) -> Params:
     target = Target(self.model, nn.unbox(self._target_params), None)
@@ -117,6 +118,8 @@ def finish(
     drafter = dataclasses.replace(drafter, tree=tree)
     facts["expected_tokens_per_step"] = expected_tokens(tree, accuracy)
   if folder is not None:
-    target = Target(task.model, nn.unbox(task.frozen["target"]), None)
-    save_drafter(folder, drafter, params, target, {**facts, **dict(extra or {})})
+    target = Target(task.model, to_host(nn.unbox(task.frozen["target"])), None)
+    params = to_host(params)
+    if jax.process_index() == 0:
+      save_drafter(folder, drafter, params, target, {**facts, **dict(extra or {})})
   return drafter
