@@ -74,6 +74,17 @@ def one_device(arrays: Mapping[str, Any], segment_ids=None):
   return op(**arrays, segment_ids=segment_ids)
 
 
+def both_directions(arrays: Mapping[str, Any], segment_ids=None):
+  """Forward and backward recurrence of the op on one device, minus what both of them count."""
+  out, final = one_device(arrays, segment_ids)
+  flip = lambda x: jnp.flip(x, 1)  # noqa: E731
+  tokens = {n: flip(x) for n, x in arrays.items() if n not in REPLICATED}
+  behind, _ = one_device(tokens, None if segment_ids is None else flip(segment_ids))
+  q, k, v = (jnp.repeat(arrays[n], N // arrays[n].shape[2], 2) for n in "qkv")
+  twice = H**-0.5 * jnp.sum(q * k, axis=-1, keepdims=True) * v
+  return out + flip(behind) - twice, final
+
+
 def many_devices(
   ranks: int, *, check_vma: bool, devices: Sequence | None = None, **options: Any
 ) -> Callable:
@@ -108,9 +119,9 @@ def with_gradients(layer: Callable, arrays: Mapping[str, Any], segment_ids=None)
   def weighted(arrays):
     results = layer(arrays, segment_ids)
     weights = [
-      jax.random.normal(jax.random.key(i), x.shape, x.dtype) for i, x in enumerate(results)
+      jax.random.normal(jax.random.key(i), x.shape, jnp.float32) for i, x in enumerate(results)
     ]
-    return sum(jnp.sum(x * w) for x, w in zip(results, weights)), results
+    return sum(jnp.sum(x * w.astype(x.dtype)) for x, w in zip(results, weights)), results
 
   (_, (out, final)), gradients = jax.value_and_grad(weighted, has_aux=True)(dict(arrays))
   return {"out": out, "final_state": final} | {f"d {n}": x for n, x in gradients.items()}

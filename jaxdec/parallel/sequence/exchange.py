@@ -161,7 +161,8 @@ def _start_from(run: Summary, initial_state, here):
   """
   if initial_state is None:
     return run, jnp.zeros((), run.update.dtype)
-  state = initial_state.astype(run.update.dtype)
+  # Cast once: the transpose of the cast is a sum over the ranks.
+  state = vary(initial_state.astype(run.update.dtype), varying(run.update))
   if run.update.ndim > state.ndim:
     state = jnp.broadcast_to(state, run.update.shape)
   moved = jnp.where(here, after(run._replace(update=jnp.zeros_like(state)), state), 0)
