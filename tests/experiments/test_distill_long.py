@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The long-context distillation: a few steps with a split teacher are those on one device."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+import jaxdec
+from experiments.distill_long import config, run
+
+
+def test_long_sizes_fit_together():
+  teacher, job = config.long()
+  assert (teacher.seq_len, teacher.batch_size) == (job.seq_len, job.batch_size)
+  assert job.seq_len % job.trainer.mesh.seq == 0
+  assert teacher.sequence == config.SEQUENCE
+
+
+@pytest.mark.slow
+def test_a_split_teacher_teaches_the_same(tmp_path):
+  texts = tmp_path / "texts"
+  texts.mkdir()
+  for i in range(60):
+    text = f"def f_{i}(x):\n  return x + {i}\n" * 8
+    (texts / f"{i}.txt").write_text(text, encoding="utf-8")
+  job = config.tiny(str(tmp_path / "split"))
+  trainer = dataclasses.replace(job.trainer, steps=2)
+  job = dataclasses.replace(
+    job, trainer=trainer, data=str(texts), batch_size=1, seq_len=64, eval_batches=1
+  )
+  lm = jaxdec.tiny()
+  split = run.run(job, lm)
+  whole = run.run(run.on_one_device(job, str(tmp_path / "one_device")), lm)
+  assert split.drafter == whole.drafter  # the same tree from the same accuracies
+  for ours, theirs in zip(run.losses(str(tmp_path / "split")),
+                          run.losses(str(tmp_path / "one_device")), strict=True):  # fmt: skip
+    assert ours == pytest.approx(theirs, abs=1e-4)
