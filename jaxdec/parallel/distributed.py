@@ -120,14 +120,12 @@ def detect(environ: Mapping[str, str] | None = None) -> Launch:
   slurm = [environ.get(f"SLURM_{name}") for name in names]
   if all(slurm) and int(environ["SLURM_NTASKS"]) > 1:
     return "slurm"
-  platforms = environ.get("JAX_PLATFORMS", "")
-  # Hosted notebooks name one worker, themselves.
-  alone = environ.get("TPU_WORKER_HOSTNAMES", ",").count(",") == 0
-  if _on_tpu_vm() and "tpu" in (platforms or "tpu") and not alone:
-    return "cloud_tpu"
-  if _on_tpu_vm() and int(environ.get("MEGASCALE_NUM_SLICES") or 1) > 1:
-    return "cloud_tpu"
-  return "none"
+  if "tpu" not in (environ.get("JAX_PLATFORMS") or "tpu") or not _on_tpu_vm():
+    return "none"
+  # Hosted notebooks name one worker, themselves; TPU VMs outside GKE name none here.
+  several = "," in environ.get("TPU_WORKER_HOSTNAMES", ",")
+  several |= int(environ.get("MEGASCALE_NUM_SLICES") or 1) > 1
+  return "cloud_tpu" if several else "none"
 
 
 def _on_tpu_vm() -> bool:

@@ -158,8 +158,13 @@ def task(kind: str):
   return LanguageModel(Decoder(config, sequence=sequence))
 
 
-def train(folder, *, mesh, kind="plain", at=None, act=None, pause=0.0, **settings):
-  """Trains (or resumes) on ``mesh``; ``folder`` None keeps nothing. Returns the result."""
+def train(
+  folder, *, mesh, kind="plain", at=None, act=None, pause=0.0, interleaved=False, **settings
+):
+  """Trains, or resumes, on a mesh of these sizes.
+
+  ``interleaved``: the first device of every process, then the second of every process.
+  """
   import jax
 
   from jaxdec.data import make_dataset
@@ -173,11 +178,13 @@ def train(folder, *, mesh, kind="plain", at=None, act=None, pause=0.0, **setting
     mesh=MeshConfig(**mesh),
     **settings,
   )
-  share = batch_share(make_mesh(**mesh))
+  devices = sorted(jax.devices(), key=lambda d: d.id % 2) if interleaved else None
+  mesh = make_mesh(devices=devices, **mesh)
+  share = batch_share(mesh)
   data = make_dataset(corpus(), batch_size=ROWS, seq_len=LENGTH, seed=3, share=share)
   note = pathlib.Path(f"{folder}.rows-{jax.process_index()}")
   data = Watched(data, share.rows(ROWS), note, at, act, pause)
-  return Trainer(task(kind), config, data=data).train()
+  return Trainer(task(kind), config, data=data, mesh=mesh).train()
 
 
 def random_step(seed: str) -> int:
