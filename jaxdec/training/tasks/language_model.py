@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxdec.models import Decoder
+from jaxdec.models import Decoder, flops
 from jaxdec.training.task import Task
 
 
@@ -110,18 +110,8 @@ class LanguageModel(Task):
     return metrics
 
   def flops_per_token(self, params, length):
-    """6 per matrix parameter, plus 6 L T N H for attention.
-
-    A tied table counts once, as the head. Of the score matrix the causal half is counted (PaLM,
-    arXiv 2204.02311, appendix B, counts all of it: 12 L T N H).
-    """
-    total = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
-    config = self.model.config
-    if not config.tie_embeddings:
-      total -= config.vocab_size * config.dim  # a lookup multiplies nothing
-    mixers = [layer.mixer for layer in config.layers]
-    width = sum(m.num_heads * m.head_dim for m in mixers if hasattr(m, "rope"))
-    return 6.0 * total + 6.0 * width * length
+    """Counted from the layers; see ``jaxdec.models.flops``."""
+    return flops.per_token(self.model.config, length).training
 
   @property
   def sequence(self):
