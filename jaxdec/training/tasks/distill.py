@@ -21,6 +21,7 @@ from jaxdec.drafting.checkpoint import fingerprint, save_drafter, to_config
 from jaxdec.drafting.dynamic_tree import DynamicTree
 from jaxdec.drafting.static_tree import expected_tokens, greedy_tree
 from jaxdec.drafting.trained import TrainedDrafter
+from jaxdec.models.flops import per_token
 from jaxdec.parallel.distributed import to_host
 from jaxdec.training.task import Batch, Task
 
@@ -65,7 +66,8 @@ class Distill(Task):
     return {"loss": loss, **metrics}
 
   def flops_per_token(self, params: Params, length: int) -> float:
-    flops = super().flops_per_token(params, length)
+    flops = 6.0 * sum(x.size for x in jax.tree.leaves(params))
+    flops += per_token(self.model.config, length).forward
     if getattr(self.drafter, "share_head", False):
       # Forward, and backward to the states, through the target's head at each depth.
       flops += 4.0 * self.drafter.num_heads * self.drafter.dim * self.drafter.vocab_size
