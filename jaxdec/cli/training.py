@@ -26,7 +26,7 @@ def run(config: configs.Train) -> int:
 def recipe(config: configs.Train) -> Any:
   """The file's recipe with the options in place of its own settings."""
   from jaxdec.training import MeshConfig, load_recipe
-  from jaxdec.training.profiling import parse_window
+  from jaxdec.training.config import parse_window
 
   found = load_recipe(config.config)
   trainer: dict[str, Any] = {

@@ -198,8 +198,9 @@ def _connect(settings: DistributedConfig) -> None:
   thread.start()
   thread.join(settings.start_timeout)
   if thread.is_alive():
+    why = _why_alone(settings)
     _disown()
-    raise UserError(_why_alone(settings))
+    raise UserError(why)
   if failure:
     if "must be called before" in str(failure[0]):
       raise UserError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -88,6 +90,14 @@ def test_two_processes_are_one_run(alone, pair):
 
 
 @pytest.mark.slow
+def test_rows_of_a_process_need_not_be_neighbours(alone, tmp_path):
+  folder = tmp_path / "run"
+  finished(run(2, folder=str(folder), mesh={"data": 4}, devices=2, interleaved=True))
+  assert_same_data(folder, alone)
+  np.testing.assert_allclose(losses(folder), losses(alone), atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_process_is_killed_and_both_start_again(pair, tmp_path, victim):
   folder = tmp_path / "run"
@@ -141,3 +151,80 @@ def test_four_processes_with_split_sequences(alone, tmp_path, mesh, kind):
   finished(run(4, folder=str(folder), mesh=mesh, kind=kind))
   assert_same_data(folder, alone)
   np.testing.assert_allclose(losses(folder), losses(alone), atol=1e-5, rtol=0)
+
+
+CONFIG = """\
+from jaxdec.models import tiny_llama
+from jaxdec.training import MeshConfig, Recipe, TrainerConfig
+
+
+def get_config():
+  model = tiny_llama(
+    vocab_size=4096, dim=32, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, hidden_dim=64
+  )
+  trainer = TrainerConfig(steps=3, log_every=1, mesh=MeshConfig(data=2))
+  return Recipe(
+    model=model, trainer=trainer, batch_size=4, seq_len=32, eval_batches=1, data={data!r}
+  )
+"""
+
+
+@pytest.fixture
+def command(tmp_path):
+  """The arguments of `jaxdec train` for a tiny run."""
+  data = tmp_path / "text"
+  data.mkdir()
+  for number in range(60):
+    (data / f"{number}.txt").write_text(f"words of document {number} " * 20)
+  config = tmp_path / "config.py"
+  config.write_text(CONFIG.format(data=str(data)))
+  return ["train", str(config), "--work-dir", str(tmp_path / "run")]
+
+
+def jaxdec(*args, **variables):
+  """Starts the command line with one device."""
+  environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(sys.path)}
+  return subprocess.Popen(
+    [sys.executable, "-m", "jaxdec", *map(str, args)],
+    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**environment, **variables},
+  )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_command_line_on_two_processes(command, tmp_path):
+  where = ["--coordinator", f"localhost:{processes.free_port()}", "--num-processes", 2]
+  pair = [jaxdec(*command, *where, "--process-id", i, **HEARTBEAT) for i in range(2)]
+  outputs = [process.communicate(timeout=200) for process in pair]
+  assert [process.returncode for process in pair] == [0, 0], outputs
+  assert "step 3/3" in outputs[0][0] and "step" not in outputs[1][0]
+  # A mistake that only one of them can see ends both, with its sentence.
+  where[1] = f"localhost:{processes.free_port()}"
+  command[command.index("--work-dir") + 1] = str(tmp_path / "text")
+  pair = [jaxdec(*command, *where, "--process-id", i, **HEARTBEAT) for i in range(2)]
+  outputs = [process.communicate(timeout=200) for process in pair]
+  assert pair[0].returncode == 2
+  assert "jaxdec: process 0 of 2: work_dir" in outputs[0][1] and "no training run" in outputs[0][1]
+  assert pair[1].returncode not in (0, None)
+
+
+@pytest.mark.slow
+def test_processes_that_never_meet(command):
+  port, other = processes.free_port(), processes.free_port()
+  timeout = {"JAXDEC_START_TIMEOUT": "15"}
+
+  def start(index, count, port):
+    where = ["--coordinator", f"localhost:{port}", "--num-processes", count, "--process-id", index]
+    return jaxdec(*command, *where, **timeout)
+
+  nowhere, first, second, waits = (
+    start(1, 2, processes.free_port()), start(0, 2, port), start(1, 3, port), start(0, 2, other)
+  )  # fmt: skip
+  ends = []
+  for process in (nowhere, first, second, waits):
+    _, err = process.communicate(timeout=120)
+    ends.append(err)
+    assert process.returncode == 2, err
+  assert "no coordinator answers at localhost" in ends[0] and "after 15 s" in ends[0]
+  assert "process 0 was started with num_processes=2 and process 1 with num_processes=3" in ends[1]
+  assert "process 1 was started with num_processes=3 and process 0 with num_processes=2" in ends[2]
+  assert "is there, but not all 2 processes came within 15 s" in ends[3]
