@@ -131,6 +131,27 @@ def test_multisets_are_all_of_them():
   assert len(set(static.multisets(64))) == 1828
 
 
+def test_climbing_is_nearly_as_good_as_trying_all_multisets():
+  rng = np.random.default_rng(6)
+  costs = gpt_7b(32)
+  excess = []
+  for _ in range(12):
+    lengths = rng.lognormal(8, 1.7, int(rng.integers(1, 60))).astype(int) + 1
+    while lengths.sum() >= 32 * costs.cap:
+      lengths = lengths // 2 + 1
+    all_of_them, _ = static.greedy(lengths, 32, costs)
+    time, groups = static.climb(lengths, 32, costs)
+    assert sum(d for d, _ in groups) == 32
+    excess.append(time / all_of_them - 1)
+  assert min(excess) >= 0 and np.mean(excess) < 0.02 and max(excess) < 0.1, excess
+
+
+def test_a_plan_for_256_devices():
+  costs = gpt_7b(256)
+  lengths = np.random.default_rng(7).lognormal(9, 1.5, 100).astype(int) + 1
+  check_plan(Planner(devices=256, model=costs, method="greedy").plan(lengths), 256)
+
+
 lengths_on_8 = st.lists(st.integers(1, 800), min_size=1, max_size=40)
 
 
@@ -213,16 +234,20 @@ def test_blaster_takes_the_fastest_count_and_raises_an_unsolvable_one():
   lengths = [10] * 12
   asked = []
 
-  def solve(tasks):
+  def solve(splits):
+    tasks = {task for split in splits for task in split}
     asked.extend(tasks)
     # Only micro-batches of one sequence can be done, so all five first counts fail.
-    return [(1.0, task) if len(task) == 1 else (np.inf, None) for task in tasks]
+    return {task: (1.0, task) if len(task) == 1 else (np.inf, None) for task in tasks}
 
   runs, solutions = blaster.blast(lengths, 60, solve)
   assert len(runs) == 12 and solutions == [(10,)] * 12
   assert max(map(len, asked)) == 4  # 3 x 40 is the first split below 60: 2 x 60 is not below
 
-  runs, _ = blaster.blast(lengths, 60, lambda tasks: [(len(t) ** 2 + 7, t) for t in tasks])
+  def square(splits):
+    return {task: (len(task) ** 2 + 7, task) for split in splits for task in split}
+
+  runs, _ = blaster.blast(lengths, 60, square)
   # sum over m of (12 / m)^2 + 7: least for 4 or 5 micro-batches, and 4 is first
   assert len(runs) == 4
 

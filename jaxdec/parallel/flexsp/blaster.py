@@ -8,11 +8,13 @@ need none; FlexSP, arXiv 2412.01523, section 4.3 (the sequence blaster).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+# Lengths of the sequences of a micro-batch, longest first.
+Task = tuple[int, ...]
 # Counts of micro-batches tried together.
 _TRIES = 5
 
@@ -59,7 +61,7 @@ def split(lengths: Sequence[int], parts: int) -> list[tuple[int, ...]]:
 def blast(
   lengths: Sequence[int],
   room: int,
-  solve: Callable[[list[tuple[int, ...]]], list[tuple[float, Any]]],
+  solve: Callable[[list[list[Task]]], Mapping[Task, tuple[float, Any]]],
 ) -> tuple[list[tuple[int, ...]], list[Any]]:
   """The split whose micro-batches, each solved by itself, take the least time in sum.
 
@@ -69,8 +71,9 @@ def blast(
 
   Args:
     room: tokens that fit on all devices; no sequence is longer.
-    solve: lengths of many micro-batches -> ms (inf: cannot be done) and solution of each. Gets the
-      micro-batches of five splits at once, so that it may work on them side by side.
+    solve: gets five splits at once (for each, the lengths of its micro-batches), so that it may
+      work on them side by side and leave out what cannot win; returns ms (inf: cannot be done) and
+      solution of every micro-batch.
 
   Returns:
     Sequences (indices) and the solution of each micro-batch.
@@ -88,8 +91,7 @@ def blast(
     last = min(first + _TRIES, len(lengths) + 1)
     splits = [split(lengths, parts) for parts in range(first, last)]
     sizes = [[tuple(lengths[list(run)].tolist()) for run in runs] for runs in splits]
-    tasks = list(dict.fromkeys(task for runs in sizes for task in runs))
-    answers = dict(zip(tasks, solve(tasks)))
+    answers = solve(sizes)
     totals = [sum(answers[task][0] for task in runs) for runs in sizes]
     best = int(np.argmin(totals))
     if math.isfinite(totals[best]):

@@ -20,7 +20,7 @@ from typing import Literal
 
 from jaxdec.errors import UserError, nearest
 from jaxdec.parallel.flexsp import static
-from jaxdec.parallel.flexsp.blaster import blast
+from jaxdec.parallel.flexsp.blaster import Task, blast
 from jaxdec.parallel.flexsp.buckets import Buckets, bucket
 from jaxdec.parallel.flexsp.cost import CostModel, check_lengths, degrees, lower_bound
 from jaxdec.parallel.flexsp.milp import Histogram, Solution, solve
@@ -157,6 +157,11 @@ def _spread(buckets: Buckets, solution: Solution) -> static.Groups:
   return tuple(groups)
 
 
+def _tasks(splits: list[list[Task]]) -> list[Task]:
+  """The different micro-batches of several splits."""
+  return list(dict.fromkeys(task for split in splits for task in split))
+
+
 class Planner:
   """Plans batches for N devices; remembers what it solved.
 
@@ -229,7 +234,8 @@ class Planner:
       one = functools.partial(
         static.single_degree, devices=self.devices, model=self.model, degree=d
       )
-      plans.append(self._plan(lengths, lambda tasks, one=one: [one(task) for task in tasks]))
+      solver = lambda splits, one=one: {task: one(task) for task in _tasks(splits)}  # noqa: E731
+      plans.append(self._plan(lengths, solver))
     return min(plans, key=lambda plan: plan.time)
 
   def _plan(self, lengths: Sequence[int], solver: Callable) -> Plan:
@@ -246,30 +252,31 @@ class Planner:
       micro_batches.append(tuple(placed))
     return Plan(self.devices, tuple(array.tolist()), self.model, tuple(micro_batches))
 
-  def _flexible(self, tasks: list[tuple[int, ...]]) -> list[tuple[float, static.Groups]]:
-    """Time and groups of each micro-batch, given by its lengths."""
-    answers = [static.greedy(task, self.devices, self.model) for task in tasks]
+  def _flexible(self, splits: list[list[Task]]) -> dict[Task, tuple[float, static.Groups]]:
+    """Time and groups of each micro-batch."""
+    answers = {t: static.greedy(t, self.devices, self.model) for t in _tasks(splits)}
     if self.method == "greedy":
       return answers
-    room = self.devices * self.model.cap
-    # Groups that are already within the gap of the lower bound are not worth a solver.
+    # Not worth a solver: splits that cannot be the fastest any more, and groups that already are
+    # within the gap of the lower bound.
+    bounds = {task: lower_bound(task, self.devices, self.model) for task in answers}
+    best = min(sum(answers[task][0] for task in split) for split in splits)
+    hopeful = [split for split in splits if sum(bounds[task] for task in split) < best]
     open_tasks = {
-      index: bucket(task, room, start=self._buckets)
-      for index, (task, (time, _)) in enumerate(zip(tasks, answers))
-      if time > lower_bound(task, self.devices, self.model) * (1 + self._settings[-1])
+      task: bucket(task, self.devices * self.model.cap, start=self._buckets)
+      for task in _tasks(hopeful)
+      if answers[task][0] > bounds[task] * (1 + self._settings[-1])
     }
     self._solve_new({b.histogram for b in open_tasks.values()} - self._solved.keys())
-    for index, buckets in open_tasks.items():
+    for task, buckets in open_tasks.items():
       solution = self._solved[buckets.histogram]
       if not solution.groups:
         continue
       groups = _spread(buckets, solution)
       # Judged by the true lengths, which the rounded ones only bound.
-      time = max(
-        self.model.group_time([tasks[index][i] for i in inside], d) for d, inside in groups
-      )
-      if time < answers[index][0]:
-        answers[index] = (time, groups)
+      time = max(self.model.group_time([task[i] for i in inside], d) for d, inside in groups)
+      if time < answers[task][0]:
+        answers[task] = (time, groups)
     return answers
 
   def _solve_new(self, histograms: set) -> None:

@@ -9,7 +9,8 @@ rule is the plain static plan that everybody runs, the baseline of every report.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -17,6 +18,8 @@ from jaxdec.parallel.flexsp.cost import CostModel, degrees
 
 Groups = tuple[tuple[int, tuple[int, ...]], ...]
 
+# Every multiset is tried up to so many devices.
+_ALL_UP_TO = 64
 # Rows of the table of multisets that are worked on together; bounds its memory.
 _BLOCK = 2048
 
@@ -63,10 +66,10 @@ def assign(
   lengths = np.asarray(lengths, np.int64)
   order = np.lexsort((np.arange(len(lengths)), -lengths))
   best = (float("inf"), None, None)
+  if not idle:
+    sets = [multiset for multiset in sets if len(multiset) <= len(lengths)]
   for start in range(0, len(sets), _BLOCK):
-    block = [s for s in sets[start : start + _BLOCK] if idle or len(s) <= len(lengths)]
-    if not block:
-      continue
+    block = sets[start : start + _BLOCK]
     time, chosen = _fill(lengths[order], block, model, idle)
     row = int(np.argmin(time))
     if time[row] < best[0]:
@@ -80,6 +83,14 @@ def assign(
     if len(inside):
       groups.append((degree, tuple(inside.tolist())))
   return time, tuple(groups)
+
+
+def slowest(lengths: Sequence[int], sets: Sequence[Sequence[int]], model: CostModel) -> np.ndarray:
+  """ms of the slowest group of each multiset, as ``assign`` fills it; inf where there is no room or
+  a group stays empty."""
+  lengths = np.sort(np.asarray(lengths, np.int64))[::-1]
+  blocks = (sets[start : start + _BLOCK] for start in range(0, len(sets), _BLOCK))
+  return np.concatenate([_fill(lengths, block, model, False)[0] for block in blocks])
 
 
 def _fill(lengths, sets, model, idle):
@@ -111,14 +122,50 @@ def _fill(lengths, sets, model, idle):
   used = room < table * model.cap
   if not idle:
     possible &= np.all(used | (table == 0), axis=1)
-  slowest = np.max(np.where(used, busy, 0.0), axis=1)
-  return np.where(possible, slowest, np.inf), chosen
+  return np.where(possible, np.max(np.where(used, busy, 0.0), axis=1), np.inf), chosen
 
 
 def greedy(lengths: Sequence[int], devices: int, model: CostModel) -> tuple[float, Groups]:
-  """The best multiset of all; never without an answer where the tokens fit on N devices at all,
-  because one group of N takes everything."""
+  """The best multiset of all (of those ``climb`` looks at, above 64 devices: 128 have 27,338).
+
+  Never without an answer where the tokens fit on N devices at all, because one group of N takes
+  everything.
+  """
+  if devices > _ALL_UP_TO:
+    return climb(lengths, devices, model)
   return assign(lengths, multisets(devices), model)
+
+
+def climb(lengths: Sequence[int], devices: int, model: CostModel) -> tuple[float, Groups]:
+  """From equal groups uphill, eight multisets at a time.
+
+  A move gives devices from groups of one degree to groups of another, 1, 2, 4, ... of the wider
+  ones at a time; the best eight multisets met so far are moved from, until none is new.
+  """
+  known = degrees(devices)
+  times: dict[tuple[int, ...], float] = {}
+  moved_from: set[tuple[int, ...]] = set()
+  ahead = [(d,) * (devices // d) for d in known]
+  while ahead:
+    times |= zip(ahead, slowest(lengths, ahead, model))
+    best = sorted(times, key=lambda multiset: (times[multiset], multiset))[:8]
+    starts = [multiset for multiset in best if multiset not in moved_from]
+    moved_from.update(starts)
+    moves = (move for multiset in starts for move in _moves(multiset, known))
+    ahead = [move for move in dict.fromkeys(moves) if move not in times]
+  return assign(lengths, best[:1], model)
+
+
+def _moves(multiset: tuple[int, ...], known: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+  counts = {degree: multiset.count(degree) for degree in known}
+  for giving, taking in itertools.permutations(known, 2):
+    amount = max(giving, taking)
+    while amount <= giving * counts[giving]:
+      after = {**counts}
+      after[giving] -= amount // giving
+      after[taking] += amount // taking
+      yield tuple(d for d in reversed(known) for _ in range(after[d]))
+      amount *= 2
 
 
 def single_degree(
