@@ -119,14 +119,12 @@ def merge(part, other) -> tuple[jax.Array, jax.Array]:
 
 
 def choose(
-  kinds: Sequence[Kind], rank: jax.Array | int, branch: Callable[[Kind], Callable], *operands: Any
+  kinds: Sequence[Kind], index: jax.Array | int, branch: Callable[[Kind], Callable], *operands: Any
 ) -> Any:
-  """``branch(kinds[rank])(*operands)``: only the branch of this rank runs."""
-  present = sorted(set(kinds), key=str)
-  if len(present) == 1:
-    return branch(present[0])(*operands)
-  index = jnp.array([present.index(kind) for kind in kinds], jnp.int32)[rank]
-  return jax.lax.switch(index, [branch(kind) for kind in present], *operands)
+  """``branch(kinds[index])(*operands)``: only that branch runs."""
+  if len(kinds) == 1:
+    return branch(kinds[0])(*operands)
+  return jax.lax.switch(index, [branch(kind) for kind in kinds], *operands)
 
 
 def pack(k: jax.Array, v: jax.Array) -> jax.Array:

@@ -23,11 +23,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxdec.parallel.sequence import block_attention as block
 from jaxdec.parallel.sequence.layout import Axis, axis_rank, blocks_of
 from pallas_kernels.manual import vary, varying
+
+UNROLLED = 16  # steps of a ring written out one by one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +130,15 @@ def ring_attention(
   return attention(q, k, v, ids)
 
 
+class _Met(NamedTuple):
+  """A step under way: ``pairs`` are queries' run, keys' run, kinds and which of them holds here."""
+
+  first: bool
+  shift: jax.Array | int
+  gap: int  # ranks that the keys then travel; after the last step, home
+  pairs: tuple[tuple[int, int, tuple[block.Kind, ...], jax.Array | int], ...]
+
+
 class _Plan(NamedTuple):
   ring: Ring
   steps: tuple[Step, ...]
@@ -137,35 +149,53 @@ class _Plan(NamedTuple):
   def split(self, x: jax.Array, axis: int = 1) -> list[jax.Array]:
     return jnp.split(x, self.runs, axis=axis)
 
-  def gap(self, index: int) -> int:
-    """How far keys travel after a step; after the last one, home."""
-    after = self.steps[index + 1].shift if index + 1 < len(self.steps) else 0
-    return after - self.steps[index].shift
-
-  def ahead(self, index: int, kv: jax.Array) -> jax.Array | None:
-    """Starts the permute of the next step's keys; nothing after the last step."""
-    return self.ring.rotate(kv, self.gap(index)) if index + 1 < len(self.steps) else None
-
-  def merged(self, kind: block.Kind) -> Callable[..., Any]:
-    """Of a part and ``q, k, v, ids`` of a pair: the part with these keys too."""
-    if kind == "hidden":
-      return lambda part, *_: part
-    return lambda part, *xs: block.merge(part, block.attend(kind, *xs, self.rule))
-
-  def summed(self, kind: block.Kind) -> Callable[..., Any]:
-    """Of sums ``dq, dk, dv`` and what ``gradients`` takes: the sums with this pair's share."""
-    if kind == "hidden":
-      return lambda sums, *_: sums
-    return lambda sums, *xs: tuple(
-      x + y for x, y in zip(sums, block.gradients(kind, *xs, self.rule), strict=True)
-    )
-
-  def ids(self, ids: jax.Array | None, shift: int) -> list[Any]:
+  def ids(self, ids: jax.Array | None, shift: jax.Array | int) -> list[Any]:
     """Per run, of the rank that is met in the step."""
     if ids is None:
       return [None] * self.runs
     rank = (self.ring.rank - shift) % self.ring.size
     return self.split(jax.lax.dynamic_index_in_dim(ids, rank, axis=1, keepdims=False))
+
+  def walk(self, body: Callable[[jax.Array, Any, _Met], Any], kv: jax.Array, carry: Any) -> Any:
+    """``carry = body(kv, carry, met)`` step by step, while the next step's keys travel.
+
+    The keys do not travel after the last step. Long rings are a loop between the first step and the
+    last: a program, and the time to compile it, else grows with the ranks.
+    """
+    shifts = [step.shift for step in self.steps]
+    gaps = [b - a for a, b in zip(shifts, [*shifts[1:], 0])]
+    last = len(shifts) - 1
+    rolled = last > UNROLLED and len(set(gaps[1:last])) == 1
+    index = 0
+    while index <= last:
+      inside = range(1, last) if rolled and index == 1 else range(index, index + 1)
+      tables = self._tables(inside)
+
+      def one(state, x, index=index, tables=tables):
+        kv, carry = state
+        shift, rows = x
+        following = self.ring.rotate(kv, gaps[index]) if index < last else kv
+        pairs = tuple((*pair, row[self.ring.rank]) for pair, row in zip(tables, rows))
+        return (following, body(kv, carry, _Met(index == 0, shift, gaps[index], pairs))), None
+
+      xs = jnp.array([shifts[i] for i in inside]), [jnp.asarray(x) for x in tables.values()]
+      if len(inside) > 1:
+        (kv, carry), _ = jax.lax.scan(one, (kv, carry), xs)
+      else:
+        (kv, carry), _ = one((kv, carry), jax.tree.map(lambda x: x[0], xs))
+      index = inside.stop
+    return carry
+
+  def _tables(self, inside: range) -> dict[tuple[int, int, tuple[block.Kind, ...]], np.ndarray]:
+    """Of all pairs in these steps: their kinds, and which of them holds, ``[steps, ranks]``."""
+    seen = [{(p.queries, p.keys): p.kinds for p in self.steps[i].pairs} for i in inside]
+    hidden = ("hidden",) * self.ring.size
+    tables = {}
+    for runs in sorted(set().union(*seen)):
+      rows = [step.get(runs, hidden) for step in seen]
+      kinds = tuple(sorted(set().union(*rows), key=str))
+      tables[*runs, kinds] = np.array([[kinds.index(k) for k in row] for row in rows], np.int32)
+    return tables
 
 
 def _forward(plan: _Plan, q, k, v, ids):
@@ -176,18 +206,23 @@ def _forward(plan: _Plan, q, k, v, ids):
     jnp.zeros((batch, each, heads, v.shape[-1]), wide),
     jnp.full((batch, heads, each), -jnp.inf, wide),
   )
-  parts = [vary(empty, varying(q, k, v))] * plan.runs
-  kv = block.pack(k, v)
-  for index, step in enumerate(plan.steps):
-    following = plan.ahead(index, kv)
+
+  def branch(kind):
+    if kind == "hidden":
+      return lambda part, *_: part
+    return lambda part, *xs: block.merge(part, block.attend(kind, *xs, plan.rule))
+
+  def body(kv, parts, met: _Met):
     keys, values = map(plan.split, block.unpack(kv, plan.width))
-    kv_ids = plan.ids(ids, step.shift)
-    for a, b, kinds in step.pairs:
+    kv_ids, parts = plan.ids(ids, met.shift), list(parts)
+    for a, b, kinds, here in met.pairs:
       pair = None if ids is None else (q_ids[a], kv_ids[b])
       operands = parts[a], queries[a], keys[b], values[b], pair
-      parts[a] = block.choose(kinds, plan.ring.rank, plan.merged, *operands)
-    kv = following
-  outs, lses = zip(*parts)
+      parts[a] = block.choose(kinds, here, branch, *operands)
+    return parts
+
+  parts = [vary(empty, varying(q, k, v))] * plan.runs
+  outs, lses = zip(*plan.walk(body, block.pack(k, v), parts))
   return jnp.concatenate(outs, axis=1).astype(q.dtype), jnp.concatenate(lses, axis=2)
 
 
@@ -196,28 +231,41 @@ def _backward(plan: _Plan, q, k, v, ids, out, lse, dout):
   delta = jnp.sum(dout.astype(wide) * out.astype(wide), axis=-1).swapaxes(1, 2)
   queries, douts, q_ids = plan.split(q), plan.split(dout), plan.ids(ids, 0)
   lses, deltas = plan.split(lse, 2), plan.split(delta, 2)
-  dq = [vary(jnp.zeros(x.shape, wide), axes) for x in queries]
-  home = travelling = None
-  kv = block.pack(k, v)
-  for index, step in enumerate(plan.steps):
-    following = plan.ahead(index, kv)
+
+  def zeros(arrays):
+    return [vary(jnp.zeros(x.shape, wide), axes) for x in arrays]
+
+  def branch(kind):
+    if kind == "hidden":
+      return lambda sums, *_: sums
+
+    def add(sums, *xs):
+      more = block.gradients(kind, *xs, plan.rule)
+      return tuple(x + y for x, y in zip(sums, more, strict=True))
+
+    return add
+
+  def body(kv, carry, met: _Met):
+    dq, home, travelling = carry
     keys, values = map(plan.split, block.unpack(kv, plan.width))
-    kv_ids = plan.ids(ids, step.shift)
-    # Summed apart from what arrives, so that this step need not wait for it.
-    dk, dv = ([vary(jnp.zeros(x.shape, wide), axes) for x in y] for y in (keys, values))
-    for a, b, kinds in step.pairs:
+    kv_ids, dq = plan.ids(ids, met.shift), list(dq)
+    dk, dv = zeros(keys), zeros(values)
+    for a, b, kinds, here in met.pairs:
       pair = None if ids is None else (q_ids[a], kv_ids[b])
-      operands = (queries[a], keys[b], values[b], pair, lses[a], douts[a], deltas[a])
+      operands = queries[a], keys[b], values[b], pair, lses[a], douts[a], deltas[a]
       sums = dq[a], dk[b], dv[b]
-      dq[a], dk[b], dv[b] = block.choose(kinds, plan.ring.rank, plan.summed, sums, *operands)
-    dkv = block.pack(*(jnp.concatenate(x, axis=1) for x in (dk, dv)))
-    if index == 0:
-      home = dkv  # of this rank's own keys: these need not travel
-    else:
-      travelling = plan.ring.rotate(
-        dkv if travelling is None else dkv + travelling, plan.gap(index)
-      )
-    kv = following
-  total = home if travelling is None else home + travelling
-  dk, dv = block.unpack(total, plan.width)
+      dq[a], dk[b], dv[b] = block.choose(kinds, here, branch, sums, *operands)
+    share = block.pack(*(jnp.concatenate(x, axis=1) for x in (dk, dv)))
+    if met.first:
+      return dq, share, travelling  # of this rank's own keys: it need not travel
+    # Added after the step: the step itself does not wait for what arrives.
+    return dq, home, plan.ring.rotate(share + travelling, met.gap)
+
+  # The keys go round again, the other way and tied to the cotangent: the compiler must not find the
+  # permutes of the forward ring in these, and keep what every one of them brought until here.
+  plan = plan._replace(steps=(plan.steps[0], *plan.steps[:0:-1]))
+  kv, _ = jax.lax.optimization_barrier((block.pack(k, v), dout))
+  (empty,) = zeros([kv])
+  dq, home, travelling = plan.walk(body, kv, (zeros(queries), empty, empty))
+  dk, dv = block.unpack(home + travelling, plan.width)
   return jnp.concatenate(dq, axis=1).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
