@@ -21,7 +21,7 @@ MESH_AXES = ("data", "fsdp", "tensor", "seq", "dcn_data", "dcn_fsdp")
 _AT_LEAST = {
   "max_new_tokens": 1, "steps": 1, "batch_size": 1, "seq_len": 2, "prompts": 1, "num_prompts": 1,
   "repeats": 1, "draws": 100, "num_heads": 1, "tree_nodes": 2,
-  "checkpoint_every": 1, "log_every": 1, "top_k": 1,
+  "checkpoint_every": 1, "cache_length": 1, "log_every": 1, "top_k": 1,
 }  # fmt: skip
 
 
@@ -31,6 +31,10 @@ def check(config: Any) -> None:
   _numbers(fields)
   if fields.get("config") is not None:
     config_file(fields["config"])
+  if "topology" in fields:
+    from jaxdec.slices import parse
+
+    parse(fields["topology"])
   if fields.get("mesh") is not None:
     mesh_axes(fields["mesh"])
   for name in (fields.get("drafters") or "").split(","):
@@ -73,7 +77,7 @@ def _numbers(fields: dict[str, Any]) -> None:
     raise UserError(f"--top-p must lie in (0, 1], got {top_p:g}")
   if min_p is not None and not 0 <= min_p <= 1:
     raise UserError(f"--min-p must lie in [0, 1], got {min_p:g}")
-  for key in ("learning_rate", "minutes"):
+  for key in ("learning_rate", "minutes", "price"):
     value = fields.get(key)
     if value is not None and not 0 < value < float("inf"):
       raise UserError(f"--{key.replace('_', '-')} must be positive, got {value:g}")

@@ -171,9 +171,18 @@ def demo(config: configs.Demo) -> int:
 def distill(config: configs.Distill) -> int:
   from jaxdec.cli.distilling import run
   from jaxdec.parallel import make_mesh
+  from jaxdec.parallel.distributed import fail_fast, initialize
 
   axes = mesh_axes(config.mesh)
-  return run(config, axes, _load(config.model, config.dtype, make_mesh(**axes)))
+  initialize()
+  with fail_fast():
+    return run(config, axes, _load(config.model, config.dtype, make_mesh(**axes)))
+
+
+def plan(config: configs.Plan) -> int:
+  from jaxdec.cli.planning import run
+
+  return run(config, _console())
 
 
 def train(config: configs.Train) -> int:

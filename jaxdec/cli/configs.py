@@ -213,10 +213,35 @@ class Plot:
   """Picture to write; an existing file is kept and a number is added to the name."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What a run will need on a TPU slice: memory, collectives, time; compiled without a TPU."""
+
+  config: tyro.conf.Positional[str]
+  """Python file with get_config(), such as experiments/plan/config.py:2m."""
+  topology: str
+  """Slice in chips, such as v5p:4x4x8, v5e:16x16, or v5e:16x16*2 for two slices."""
+  step: Literal["train", "decode"] = "train"
+  """The trainer's step, or one new token of every sequence."""
+  mesh: str | None = None
+  """Devices per axis, such as fsdp=8,seq=16, instead of the configuration's."""
+  batch_size: int | None = None
+  """Sequences in all, instead of the configuration's."""
+  seq_len: int | None = None
+  """Tokens per sequence, instead of the configuration's."""
+  cache_length: int | None = None
+  """Positions of the cache of --step decode; by default the sequence length."""
+  price: float | None = None
+  """Price of a chip-hour, in any currency."""
+  json: bool = False
+  """Print everything as JSON."""
+
+
 COMMANDS: dict[str, type] = {
   "demo": Demo,
   "generate": Generate,
   "train": Train,
+  "plan": Plan,
   "distill": Distill,
   "bench": Bench,
   "verify": Verify,

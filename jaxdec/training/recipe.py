@@ -37,7 +37,8 @@ class Recipe:
     data: ``python_stdlib``, ``tfds:NAME``, or a folder (or file) of text.
     tokenizer: a model folder with tokenizer.json, or ``tiny`` for the embedded model's.
     eval_batches: held-out batches of each evaluation; 0: none.
-    sequence: how layers compute where ``trainer.mesh.seq > 1``.
+    sequence: how layers compute where the mesh has several devices; None: left to XLA, which can
+      partition no Pallas kernel.
     layout, remat, dtype, param_dtype: see ``Decoder``. z_loss: see ``LanguageModel``.
   """
 
@@ -48,7 +49,7 @@ class Recipe:
   data: str = "python_stdlib"
   tokenizer: str = "tiny"
   eval_batches: int = 16
-  sequence: SequenceConfig | None = None
+  sequence: SequenceConfig | None = SequenceConfig()  # noqa: RUF009 (frozen)
   layout: str = "scanned"
   remat: str = "none"
   dtype: str = "bfloat16"

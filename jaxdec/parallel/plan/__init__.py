@@ -16,7 +16,7 @@ from jaxdec.parallel.plan.costs import Costs
 from jaxdec.parallel.plan.memory import Memory
 from jaxdec.parallel.plan.planner import Plan, examine, plan
 from jaxdec.parallel.plan.roofline import Roofline
-from jaxdec.parallel.plan.topology import GENERATIONS, Topology, parse
+from jaxdec.slices import GENERATIONS, Topology, parse
 
 __all__ = [
   "GENERATIONS",

@@ -106,7 +106,8 @@ def _one(module, mesh, computation, x: Instruction, kind, count) -> Collective |
   else:
     groups = replica_groups(x.attributes, module.partitions)
     group = groups.shape[1]
-  phase, layer, op = origin(x.op_name or (caller[1].op_name if caller else ""))
+  named = x.op_name or _nearby_name(*(caller or (computation, x)))
+  phase, layer, op = origin(named)
   return Collective(
     kind=kind,
     payload=result,
@@ -252,6 +253,29 @@ def _fused_overlap(module: Module, start: Instruction) -> bool:
 
 
 # -- origin --------------------------------------------------------------------------------------
+
+
+def _nearby_name(computation: Computation, x: Instruction, hops: int = 4) -> str:
+  """The name of ``x``, else of the nearest instruction that feeds it, else of one that it feeds.
+
+  A collective that the compiler put in another's place (an all-reduce for a reduce-scatter, where
+  a mesh axis lies along several dimensions of the torus) has lost its own.
+  """
+  if x.op_name:
+    return x.op_name
+  users: dict[str, list[str]] = {}
+  for y in computation.instructions.values():
+    for name in y.operands:
+      users.setdefault(name, []).append(y.name)
+  for neighbours in (lambda y: y.operands, lambda y: users.get(y.name, ())):
+    front = [x]
+    for _ in range(hops):
+      front = [computation.instructions[n] for y in front for n in neighbours(y)]
+      for y in front:
+        if y.op_name and y.opcode not in ("parameter", "constant"):
+          return y.op_name
+  return ""
+
 
 _NOISE = re.compile(
   r"while|body|cond|closed_call|checkpoint|rematted_computation|shard_map|pjit|custom_vjp_call|"

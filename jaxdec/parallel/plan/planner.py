@@ -13,7 +13,7 @@ from jaxdec.parallel.plan import hlo, memory
 from jaxdec.parallel.plan.collectives import Collective, collectives
 from jaxdec.parallel.plan.costs import Costs, costs
 from jaxdec.parallel.plan.roofline import Roofline, dollars, roofline
-from jaxdec.parallel.plan.topology import Topology, parse
+from jaxdec.slices import Topology, parse
 
 if TYPE_CHECKING:
   import jax

@@ -91,7 +91,8 @@ def collectives_table(plan: Any, rows: int | None = None) -> Table:
   )
   notes = []
   if rows is not None and len(found) > rows:
-    notes.append(f"and {len(found) - rows} smaller ones (--json lists all)")
+    rest = sum(row["total_bytes"] for row in found[rows:])
+    notes.append(f"and {len(found) - rows} smaller ones, {size(rest)} in all (--json lists them)")
     found = found[:rows]
   return Table(columns, found, notes=notes)
 
@@ -109,6 +110,15 @@ def roofline_table(plan: Any) -> Table:
     {"what": "step at least", "time": seconds(r.step)},
   ]
   return Table((Column("what", "time of a step", align="left"), Column("time", "")), rows)
+
+
+def tables(plan: Any, rows: int | None = None) -> list[Table]:
+  """All tables that there is something to say in; ``rows``: limit of collectives."""
+  found = [memory_table(plan)]
+  if plan.roofline is not None:
+    found += [collectives_table(plan, rows)] if plan.collectives else []
+    found.append(roofline_table(plan))
+  return found
 
 
 def summary(plan: Any) -> list[str]:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from jaxdec.parallel.plan.collectives import Collective
 from jaxdec.parallel.plan.costs import Costs
-from jaxdec.parallel.plan.topology import Topology
+from jaxdec.slices import Topology
 
 # Between the two dies of a tpu7x: "six times the bandwidth of one ICI link"
 # (docs.cloud.google.com/tpu/docs/tpu7x).

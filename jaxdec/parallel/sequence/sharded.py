@@ -2,9 +2,10 @@
 """What mixers call: the plain op on one shard of sequence, the parallel one on several.
 
 Arrays here are whole (``[B,T,...]`` as the model sees them). Where the mesh in context
-(``jax.set_mesh``) splits sequences, the layer runs inside ``jax.shard_map`` over the whole mesh:
+(``jax.set_mesh``) has several devices, the layer runs inside ``jax.shard_map`` over the whole mesh:
 batch, length and heads lie as the logical rules in context say, and every device computes on its
-own block. Without such a mesh, or without a ``SequenceConfig``, nothing is added to the op.
+own block. That is also so where sequences are whole, since XLA cannot partition a Pallas kernel.
+Without such a mesh, or without a ``SequenceConfig``, nothing is added to the op.
 """
 
 from __future__ import annotations
@@ -22,11 +23,9 @@ TOKENS = ("batch", "length")
 
 
 def ways(config: SequenceConfig | None) -> int:
-  """Over how many devices the mesh in context splits a sequence; 1 without a mesh."""
+  """Over how many devices the mesh in context splits the arrays of a layer; 1 without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
-  if config is None or mesh.empty:
-    return 1
-  return mesh.shape.get(config.axis, 1)
+  return 1 if config is None or mesh.empty else mesh.size
 
 
 def run(
