@@ -19,6 +19,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH = ROOT / "experiments/launch"
 CONFIG = "experiments/tiny_python/config.py"
+pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the git repository")
 GCLOUD = [CONFIG, "--name", "run-1", "--accelerator", "v6e-64", "--zone", "us-east5-b",
           "--storage", "gs://bucket"]  # fmt: skip
 GKE = [CONFIG, "--name", "run-1", "--cluster", "c", "--tpu-type", "v5p-128", "--zone", "z",
@@ -65,11 +66,11 @@ def tools(tmp_path_factory):
   ONLY_GIT = str(folder)
 
 
-def start(script, args, *, first: pathlib.Path | None = None):
+def start(script, args, *, first: pathlib.Path | None = None, root=ROOT):
   path = ONLY_GIT if first is None else f"{first}{os.pathsep}{ONLY_GIT}"
   return subprocess.run(
-    [sys.executable, str(LAUNCH / f"{script}.py"), *args],
-    capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PATH": path}, timeout=60,
+    [sys.executable, str(root / f"experiments/launch/{script}.py"), *args],
+    capture_output=True, text=True, cwd=root, env={**os.environ, "PATH": path}, timeout=60,
     check=False,
   )  # fmt: skip
 
@@ -199,16 +200,21 @@ def test_mistakes_are_one_sentence(script, change, sentence):
   assert done.stderr.startswith("launch: ") and done.stderr.count("\n") == 1
 
 
-def test_other_mistakes():
+def test_the_folder_is_the_launchers():
   done = start("gke", [*GKE, "--dry-run", "--", "--work-dir", "x"])
   assert done.returncode == 2 and "leave --work-dir out" in done.stderr
-  new = ROOT / "experiments/launch/not_committed.py"
-  new.write_text("def get_config(): ...\n")
-  try:
-    done = start("gke", [str(new.relative_to(ROOT)), *GKE[1:], "--dry-run"])
-  finally:
-    new.unlink()
-  assert done.returncode == 2 and "is not committed" in done.stderr
+
+
+def test_only_what_is_committed_reaches_the_workers(tmp_path):
+  subprocess.run(["git", "init", "-q", tmp_path], check=True)
+  shutil.copytree(LAUNCH, tmp_path / "experiments/launch")
+  (tmp_path / "new.py").write_text("def get_config(): ...\n")
+  done = start("gke", ["new.py", *GKE[1:], "--dry-run"], root=tmp_path)
+  assert done.returncode == 2 and "'new.py' is not committed" in done.stderr
+  git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b"]
+  subprocess.run([*git, "add", "new.py"], check=True)
+  subprocess.run([*git, "commit", "-q", "-m", "new"], check=True)
+  assert start("gke", ["new.py", *GKE[1:], "--dry-run"], root=tmp_path).returncode == 0
 
 
 @pytest.mark.parametrize(
