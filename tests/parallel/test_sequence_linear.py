@@ -28,6 +28,7 @@ from jaxdec.parallel import sequence
 from jaxdec.parallel.mesh import make_mesh
 from jaxdec.parallel.sequence import exchange
 from jaxdec.parallel.sequence.exchange import incoming
+from jaxdec.parallel.sequence.summary import adjoint
 from pallas_kernels.testing import relative_rms
 
 
@@ -64,7 +65,7 @@ def test_exchanges_agree_with_one_device(kind):
   ("kind", "packed"),
   [
     ("none", False),
-    ("scalar", True),
+    pytest.param("scalar", True, marks=pytest.mark.slow),
     pytest.param("channel", True, marks=pytest.mark.slow),
     pytest.param("none", True, marks=pytest.mark.slow),
   ],
@@ -80,6 +81,7 @@ def test_both_directions(kind, packed):
   compare(kind, packed, 4, layers, both_directions)
 
 
+@pytest.mark.slow
 def test_both_directions_of_no_decay_are_those_of_a_decay_of_zero():
   layer = many_devices(4, check_vma=True, causal=False)
   plain = run({"x": layer}, inputs("none"))["x"]
@@ -105,6 +107,7 @@ def test_slices_of_a_chain(slices):
   compare("gated delta", True, 4, {"contiguous": layer, "zigzag": zigzag})
 
 
+@pytest.mark.slow
 def test_order_of_devices_is_that_of_the_mesh():
   devices = jax.devices()[:4][::-1]
   compare("gated delta", False, 4, {"x": many_devices(4, check_vma=False, devices=devices)})
@@ -201,6 +204,7 @@ def test_a_fixed_decay_and_a_state_of_its_own_heads():
     assert_equal(results[layout], results["one"], 4, 1e-12)
 
 
+@pytest.mark.slow
 def test_bfloat16():
   """Close to float32, and so are its gradients; states stay float32."""
   arrays = {n: x.astype(jnp.float32) for n, x in inputs("scalar").items()}
@@ -229,12 +233,13 @@ def test_a_dropped_state_is_seen_where_it_is_missing(monkeypatch):
 
 
 def test_a_dropped_gradient_is_seen_on_every_rank_but_the_last(monkeypatch):
-  """Negative control: forward exact, gradients wrong on all ranks but the last."""
-  monkeypatch.setattr(exchange, "_scatter", lambda plan, d_state, *_: jnp.zeros_like(d_state))
+  """Negative control: forward exact, and the last rank's gradients too."""
+  wanted = expected("scalar", False)
+  monkeypatch.setattr(exchange, "adjoint", lambda run, d: adjoint(run, jnp.zeros_like(d)))
   got = run({"x": many_devices(4, check_vma=True)}, inputs("scalar"))["x"]
-  found = errors(got, expected("scalar", False), 4)
+  found = errors(got, wanted, 4)
   assert all(found[f"out on rank {rank}"] < 1e-12 for rank in range(4))
-  assert all(found[f"d k on rank {rank}"] > 1e-3 for rank in range(4))
+  assert {rank for rank in range(4) if found[f"d k on rank {rank}"] > 1e-3} == {0, 1, 2}
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,6 @@ Both are the same exchange, run in opposite directions. With P the elements of a
 exchange  collectives, one way                  elements received by a rank, one way
 ========  ====================================  ================================================
 gather    1 all-gather                          (W-1) P
-          (backward without matrices M: 1       (W-1) P_U
-          reduce-scatter)
 scan      ceil(log2 W) permutes                 (ceil(log2 W) - 1) P + P_U
 chain     W + slices - 2 permutes               P_U (ids of documents with each slice)
 ========  ====================================  ================================================
@@ -132,7 +130,7 @@ def incoming(
     first = plan.own == 0
     run, start = _start_from(run, initial_state, first[:, None, None, None, None])
     state, final = gather(plan, run)
-    if run.dense is not None and not plan.invariant:
+    if not plan.invariant:
       final = _shared(plan.axis, final)
     return state + start, final
   runs = [jax.tree.map(lambda x, i=i: x[i], run) for i in range(plan.runs)]
@@ -189,11 +187,11 @@ _shared.defvjp(lambda axis, x: (x, None), lambda axis, _, dx: (lax.psum(dx, axis
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def gather(plan: Plan, run: Summary) -> tuple[jax.Array, jax.Array]:
-  """LASP-2 (arXiv 2502.07563, algorithm 2) for maps of every kind: one all-gather.
+  """LASP-2 (arXiv 2502.07563, algorithm 2) for maps of every kind: one all-gather each way.
 
-  The backward pass is one reduce-scatter of states where M is diagonal, which receives what the
-  paper's second all-gather does and needs no memory for W states; with matrices M it is that second
-  all-gather, of ``(M^T, dS)``.
+  A reduce-scatter of W shares of gradients would do for the second one where M is diagonal. It
+  moves as much and needs as much memory, and compilers for TPUs make it an all-reduce, twice the
+  traffic, when an axis spans more than one dimension of the torus.
 
   Args:
     run: ``[runs,B,..]``.
@@ -205,46 +203,37 @@ def gather(plan: Plan, run: Summary) -> tuple[jax.Array, jax.Array]:
 
 
 def _gather_forward(plan: Plan, run: Summary):
-  state, final, logs, cuts = _gather(plan, run, None)
-  state, final, logs, cuts = (
-    None if x is None else checkpoint_name(x, SAVED) for x in (state, final, logs, cuts)
-  )
-  return (state, final), (run._replace(update=None), state, logs, cuts)
+  state, final = (checkpoint_name(x, SAVED) for x in _gather(plan, run))
+  return (state, final), (run._replace(update=None), state)
 
 
 def _gather_backward(plan: Plan, saved, cotangents):
-  run, state, logs, cuts = saved
+  run, state = saved
   d_state, d_final = cotangents
-  if run.dense is not None:
-    back, _, _, _ = _gather(plan.back, adjoint(run, d_state), d_final)
-  else:
-    back = _scatter(plan, d_state, d_final, logs, cuts)
-  return (map_gradient(run, state, back),)
+  first = plan.back.own == 0
+  back, start = _start_from(adjoint(run, d_state), d_final, first[:, None, None, None, None])
+  leaving = _gather(plan.back, back)[0] + start
+  return (map_gradient(run, state, leaving),)
 
 
 gather.defvjp(_gather_forward, _gather_backward)
 
 
-def _gather(plan: Plan, run: Summary, start: jax.Array | None):
-  """States before own runs and behind the last, logs ``[blocks,B,n,h]``, cuts ``[blocks,B]``.
-
-  ``start``: the state before the first run, the same on all ranks.
-  """
+def _gather(plan: Plan, run: Summary) -> tuple[jax.Array, jax.Array]:
   gathered = lax.all_gather(pack(run), plan.axis, to="invarying")  # [W,runs,B,E]
   blocks = unpack(plan.in_order(gathered), run)
   cuts = None
   if run.first is not None:
     cuts = jnp.pad(blocks.first[1:] != blocks.last[:-1], ((1, 0), (0, 0)))
   if run.dense is not None:
-    return *_fold_blocks(plan, blocks, cuts, start), None, cuts
+    return _fold_blocks(plan, blocks, cuts)
 
   def before(position):
     weights = _weights(blocks.log, cuts, plan.blocks, position)
     heads = blocks.update.shape[-3]
     return jnp.sum(_by_head(weights, heads) * blocks.update, axis=1)
 
-  final = before(jnp.array([plan.blocks]))[0]
-  return before(plan.own), final, blocks.log, cuts
+  return before(plan.own), before(jnp.array([plan.blocks]))[0]
 
 
 def _weights(logs, cuts, blocks: int, position: jax.Array) -> jax.Array:
@@ -273,24 +262,9 @@ def _by_head(weights: jax.Array, heads: int) -> jax.Array:
   return (weights if n == 1 else jnp.repeat(weights, heads // n, axis=3))[..., None]
 
 
-def _scatter(plan: Plan, d_state, d_final, logs, cuts) -> jax.Array:
-  """Every rank's share of the gradients of all updates, summed where they belong."""
-  heads = d_state.shape[-3]
-  own = _by_head(_weights(logs, cuts, plan.blocks, plan.own), heads)
-  shares = jnp.sum(own * d_state[:, None], axis=0)
-  if plan.invariant:  # whole on every rank: counted once
-    d_final = jnp.where(lax.axis_index(plan.axis) == 0, d_final, 0)
-  last = _by_head(_weights(logs, cuts, plan.blocks, jnp.array([plan.blocks])), heads)[0]
-  shares = jnp.broadcast_to(shares + last * d_final, (plan.blocks, *d_final.shape))
-  return lax.psum_scatter(plan.by_rank(shares), plan.axis)
-
-
-def _fold_blocks(plan: Plan, blocks: Summary, cuts, start):
+def _fold_blocks(plan: Plan, blocks: Summary, cuts):
   """For matrices M: one product a block, in order."""
   own = plan.own[:, None, None, None, None]
-  state = jnp.zeros_like(blocks.update[0]) if start is None else start
-  kept = jnp.broadcast_to(jnp.zeros_like(state), (plan.runs, *state.shape))
-  axes = varying(blocks.update, state, own)
 
   def step(carry, block):
     state, kept = carry
@@ -299,8 +273,9 @@ def _fold_blocks(plan: Plan, blocks: Summary, cuts, start):
     kept = jnp.where(own == index, state, kept)
     return (after(run, state), kept), None
 
-  carry = vary(state, varying(blocks.update, state)), vary(kept, axes)
-  (state, kept), _ = lax.scan(step, carry, (jnp.arange(plan.blocks), blocks, cuts))
+  state = jnp.zeros_like(blocks.update[0])
+  kept = vary(jnp.zeros((plan.runs, *state.shape), state.dtype), varying(state, own))
+  (state, kept), _ = lax.scan(step, (state, kept), (jnp.arange(plan.blocks), blocks, cuts))
   return kept, state
 
 

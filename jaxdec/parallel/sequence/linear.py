@@ -49,10 +49,10 @@ def linear_attention(
 
   Communicated along ``axis_name``, in float32 and independent of how long the shards are, with P
   elements for a map and P_U for its U alone (``payload_elements``): ``gather`` one all-gather of P
-  and backward one reduce-scatter of P_U (delta rules: a second all-gather of P); ``scan``
-  ceil(log2 W) permutes each way; ``chain`` W + slices - 2 permutes of P_U / slices each way. See
-  ``exchange`` for bytes received. Nothing for W = 1. ``causal=False`` without decay and documents:
-  one all-reduce of P_U each way; otherwise two exchanges, one a direction.
+  each way; ``scan`` ceil(log2 W) permutes each way, of P and the last of P_U; ``chain``
+  W + slices - 2 permutes of P_U / slices each way. ``exchange`` has the bytes received. Nothing for
+  W = 1. ``causal=False`` without decay and documents: one all-reduce of P_U each way; otherwise two
+  exchanges, one a direction.
 
   What a rematerialised layer has to keep, so that no collective runs again, carries the
   ``checkpoint_name`` "sequence_state".
