@@ -11,7 +11,7 @@ _LAZY = {
   "OptimizerConfig": "jaxdec.training.config",
   "Recipe": "jaxdec.training.recipe",
   "Task": "jaxdec.training.task",
-  "TrainResult": "jaxdec.training.trainer",
+  "TrainResult": "jaxdec.training.state",
   "Trainer": "jaxdec.training.trainer",
   "TrainerConfig": "jaxdec.training.config",
   "load_params": "jaxdec.training.checkpoints",

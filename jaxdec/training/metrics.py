@@ -55,6 +55,25 @@ def memory_use(devices: Iterable[jax.Device]) -> dict[str, int]:
   }
 
 
+def weighted_mean(parts: Iterable[dict[str, Any]]) -> dict[str, np.ndarray]:
+  """Mean of metrics over batches, each counted by its ``weight`` (1 where it has none); float64.
+
+  Raises:
+    UserError: nothing to average.
+  """
+  sums: dict[str, np.ndarray] = {}
+  total = 0.0
+  for part in parts:
+    weight = float(part.get("weight", 1.0))
+    total += weight
+    for name, value in part.items():
+      if name != "weight":
+        sums[name] = sums.get(name, 0.0) + np.asarray(value, np.float64) * weight
+  if not total:
+    raise UserError("the evaluation data holds no labelled token; give longer or more text")
+  return {name: value / total for name, value in sums.items()}
+
+
 def plain(value: Any) -> Any:
   """Numbers and lists as JSON wants them; NaN and infinities as strings, which JSON lacks."""
   value = np.asarray(value)

@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdec.errors import UserError
@@ -35,50 +34,13 @@ from jaxdec.training.config import TrainerConfig
 from jaxdec.training.gradients import as_gradients, loss_and_gradients
 from jaxdec.training.guard import Guard, examine, keep_if
 from jaxdec.training.interruption import Replayable, Stop
-from jaxdec.training.metrics import MetricsWriter, Progress
+from jaxdec.training.metrics import MetricsWriter, Progress, weighted_mean
 from jaxdec.training.optimizers import make_optimizer, schedule
 from jaxdec.training.profile import ProfileWindow
 from jaxdec.training.reports import Reports
 from jaxdec.training.run_folder import RunFolder, to_json
+from jaxdec.training.state import TrainResult, TrainState
 from jaxdec.training.task import Task
-
-
-@struct.dataclass
-class TrainState:
-  """Everything a step changes."""
-
-  step: jax.Array
-  params: Any
-  optimizer: Any
-  ema: Any = None
-
-  def saved(self) -> dict[str, Any]:
-    """What a checkpoint holds of it, by name."""
-    state = {"params": self.params, "optimizer": self.optimizer}
-    return state if self.ema is None else {**state, "ema": self.ema}
-
-  @property
-  def evaluated(self) -> Any:
-    """The parameters that evaluation is about: the average, where there is one."""
-    return self.params if self.ema is None else self.ema
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainResult:
-  """What ``Trainer.train`` leaves behind.
-
-  Attributes:
-    params: trained parameters, still on the mesh. ema: their average, if one was kept.
-    step: steps done; fewer than configured only if ``interrupted``.
-    interrupted: a SIGTERM or Ctrl-C came; the state was saved, the same call resumes.
-    metrics: last evaluation (or last report, without evaluation data).
-  """
-
-  params: Any
-  step: int
-  interrupted: bool
-  metrics: dict[str, Any]
-  ema: Any = None
 
 
 class Trainer:
@@ -260,7 +222,7 @@ class Trainer:
       traced = self._program().trace(self.abstract, frozen, batch)
       return traced.lower(lowering_platforms=(platform,) if platform else None)
 
-  def evaluate(self, params: Any, frozen: Any, step: int = 0) -> dict[str, Any]:
+  def evaluate(self, params: Any, frozen: Any) -> dict[str, Any]:
     """Averages ``task.evaluate`` over the held-out batches; ``{}`` where there are none."""
     if self._eval_data is None:
       return {}
@@ -269,20 +231,13 @@ class Trainer:
     batches = self._eval_data() if callable(self._eval_data) else self._eval_data
     if self._eval_start is not None:
       batches.set_state(self._eval_start)
-    sums: dict[str, np.ndarray] = {}
-    total = 0.0
+    parts = []
     with self._context():
       for index, batch in enumerate(batches):
         self._check(batch)
         key = jax.random.fold_in(self._init_key, index)  # the same noise at every evaluation
-        metrics = jax.device_get(self._evaluate(params, frozen, self.place_batch(batch), key))
-        weight = float(metrics.pop("weight", 1.0))
-        total += weight
-        for name, value in metrics.items():
-          sums[name] = sums.get(name, 0.0) + np.asarray(value, np.float64) * weight
-    if not total:
-      raise UserError("the evaluation data holds no labelled token; give longer or more text")
-    return self.task.summarize({name: value / total for name, value in sums.items()})
+        parts.append(jax.device_get(self._evaluate(params, frozen, self.place_batch(batch), key)))
+    return self.task.summarize(weighted_mean(parts))
 
   # -- the loop ----------------------------------------------------------------------------------
 
@@ -296,43 +251,35 @@ class Trainer:
       UserError: the work directory holds another run; sizes that do not divide; data that ends.
       UserError: also where loss or gradients are not finite; the last checkpoint is from before.
     """
-    folder = None
-    if self.config.work_dir is not None:
-      folder = RunFolder(self.config.work_dir, self.resolved)
-    try:
-      return self._train(folder)
-    finally:
-      if folder is not None:
-        folder.close()
-
-  def _train(self, folder: RunFolder | None) -> TrainResult:
-    config = self.config
-    progress = Progress(config.steps, enabled=config.progress)
+    config, start, folder = self.config, 0, None
     checkpoints = writer = None
-    try:
-      start = 0
-      if folder is not None:
-        checkpoints = Checkpoints(folder.path / "checkpoints", keep=config.keep)
+    with contextlib.ExitStack() as stack:
+
+      def closing(thing):
+        return stack.enter_context(contextlib.closing(thing))
+
+      if config.work_dir is not None:
+        folder = closing(RunFolder(config.work_dir, self.resolved))
+        checkpoints = closing(Checkpoints(folder.path / "checkpoints", keep=config.keep))
         start = checkpoints.latest or 0
-      if start:
-        saved, position = checkpoints.restore(start, self.abstract.saved())
-        step = jax.device_put(jnp.asarray(start, jnp.int32), self._replicated)
-        state = TrainState(step, **saved)
-        self._data.set_state(position)
-        progress.line(f"resumed {config.work_dir} at step {start} of {config.steps}")
-      else:
-        state = self.init_state()
+      state = self._restore(checkpoints, start) if start else self.init_state()
       if folder is not None:
-        writer = MetricsWriter(folder.path, tensorboard=config.tensorboard, resume_step=start)
+        writer = closing(
+          MetricsWriter(folder.path, tensorboard=config.tensorboard, resume_step=start)
+        )
+      progress = closing(Progress(config.steps, enabled=config.progress))
+      if start:
+        progress.line(f"resumed {config.work_dir} at step {start} of {config.steps}")
       trace = None if folder is None else folder.path / "profile"
-      with Stop() as stop, ProfileWindow(config.profile, trace) as profile:
-        return self._loop(state, start, checkpoints, writer, progress, stop, profile)
-    finally:
-      progress.close()
-      if writer is not None:
-        writer.close()
-      if checkpoints is not None:
-        checkpoints.close()
+      stop = stack.enter_context(Stop())
+      profile = stack.enter_context(ProfileWindow(config.profile, trace))
+      return self._loop(state, start, checkpoints, writer, progress, stop, profile)
+
+  def _restore(self, checkpoints: Checkpoints, step: int) -> TrainState:
+    """The state of a checkpoint; the data goes to where it stood."""
+    saved, position = checkpoints.restore(step, self.abstract.saved())
+    self._data.set_state(position)
+    return TrainState(jax.device_put(jnp.asarray(step, jnp.int32), self._replicated), **saved)
 
   def _loop(self, state, start, checkpoints, writer, progress, stop, profile) -> TrainResult:
     config = self.config
@@ -377,12 +324,12 @@ class Trainer:
         break
       if evaluates and self._eval_data is not None:
         before = time.perf_counter()
-        last = self.evaluate(state.evaluated, frozen, step)
+        last = self.evaluate(state.evaluated, frozen)
         reports.evaluated(step, last, time.perf_counter() - before)
     reports.flush()
     step = int(state.step)
     if start >= config.steps:
-      last = self.evaluate(state.evaluated, frozen, step)
+      last = self.evaluate(state.evaluated, frozen)
       progress.line(f"{config.work_dir} is already finished ({start} steps)")
     if interrupted:
       kept = "saved; the same command resumes" if checkpoints is not None else "nothing is kept"
