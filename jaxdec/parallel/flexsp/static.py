@@ -52,7 +52,8 @@ def assign(
   """The best of the given multisets of degrees, each filled longest sequence first.
 
   Every sequence goes to the group that has room for it and then the least time; ties to the lower
-  index. All multisets are filled side by side, one sequence at a time.
+  index. The last ones, and so the shortest, go to groups that would stay empty. All multisets are
+  filled side by side, one sequence at a time.
 
   Args:
     lengths: tokens of each sequence.
@@ -109,19 +110,25 @@ def _fill(lengths, sets, model, idle):
   rows = np.arange(len(sets))
   chosen = np.empty((len(lengths), len(sets)), np.int16)
   possible = np.ones(len(sets), bool)
+  vacant = table > 0
   for n, length in enumerate(lengths):
     after = busy + cost[which[n]][kind]
     after[room < length] = np.inf
+    if not idle:
+      # As many sequences left as empty groups: each must go to one.
+      last = np.flatnonzero(np.count_nonzero(vacant, axis=1) >= len(lengths) - n)
+      after[last] = np.where(vacant[last], after[last], np.inf)
     index = np.argmin(after, axis=1)
     time = after[rows, index]
     fits = np.isfinite(time)
     possible &= fits
     busy[rows, index] = np.where(fits, time, busy[rows, index])
     room[rows, index] -= np.where(fits, length, 0)
+    vacant[rows, index] &= ~fits
     chosen[n] = index
-  used = room < table * model.cap
   if not idle:
-    possible &= np.all(used | (table == 0), axis=1)
+    possible &= ~np.any(vacant, axis=1)
+  used = (table > 0) & ~vacant
   return np.where(possible, np.max(np.where(used, busy, 0.0), axis=1), np.inf), chosen
 
 
