@@ -22,11 +22,14 @@ __all__ = [
   "TPUConfig",
   "XLAConfig",
   "block_sparse_attention",
+  "block_sparse_attention_gradients",
   "tile_lists",
 ]
 
 _NAME = "block_sparse_attention"
-_OP = Op(_NAME, __name__, {"xla": XLAConfig, "mosaic_tpu": TPUConfig})
+_CONFIGS = {"xla": XLAConfig, "mosaic_tpu": TPUConfig}
+_OP = Op(_NAME, __name__, _CONFIGS)
+_GRADIENTS = Op(f"{_NAME}_gradients", __name__, _CONFIGS)
 
 
 def block_sparse_attention(
@@ -90,23 +93,13 @@ def block_sparse_attention(
   >>> block_sparse_attention(q, k, v, blocks).shape
   (1, 256, 4, 32)
   """
-  sizes = _checks.shapes(_NAME, q=(q, "B T N H"), k=(k, "B S K H"), v=(v, "B S K Hv"))
-  B, T, N, S, K = (sizes[x] for x in "BTNSK")
-  if K == 0 or N % K:
-    raise ValueError(
-      f"{_NAME}: k has {K} heads, which don't divide the {N} heads of q; use a divisor of {N}."
-    )
-  if blocks is not None:
-    _check_pattern(blocks, B, T, S, N, K)
-  elif return_block_max:
+  sizes = _check(q, k, v, blocks, window, logit_cap)
+  B, T, N, S = (sizes[x] for x in "BTNS")
+  if blocks is None and return_block_max:
     raise ValueError(
       f"{_NAME}: return_block_max=True needs blocks, whose sizes it reports; pass "
       "BlockPattern.from_rule(T, S, block_q=..., block_kv=...)."
     )
-  if window is not None and window < 1:
-    raise ValueError(f"{_NAME}: window is at least 1, got {window}; use None for no window.")
-  if logit_cap is not None and logit_cap <= 0:
-    raise ValueError(f"{_NAME}: logit_cap is positive, got {logit_cap}; use None for no cap.")
   ids = _pair(segment_ids, B, T, S)
 
   dtype = jnp.promote_types(q.dtype, jnp.float32)
@@ -124,6 +117,73 @@ def block_sparse_attention(
     )  # fmt: skip
   results = (out, *((lse,) if return_lse else ()), *((peak,) if return_block_max else ()))
   return results if len(results) > 1 else out
+
+
+def block_sparse_attention_gradients(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  lse: jax.Array,
+  dout: jax.Array,
+  delta: jax.Array,
+  blocks: BlockPattern | None = None,
+  *,
+  segment_ids: Any = None,
+  causal: bool = True,
+  window: int | None = None,
+  logit_cap: float | None = None,
+  scale: float | None = None,
+  implementation: str | Sequence[str] = "auto",
+  config: Any = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """What these keys contribute to the gradients of attention over more keys than these.
+
+  ``P_ij = exp(s_ij - lse_i)``, ``dv = P^T dout``, ``dS = P (dout v^T - delta)``, ``dq = dS k``,
+  ``dk = dS^T q`` (FlashAttention-2, arXiv 2307.08691, Algorithm 2), over the visible pairs. Ring
+  attention (arXiv 2310.01889) adds this up block by block; over all keys at once it is the gradient
+  of ``block_sparse_attention``.
+
+  Args:
+    lse: log-sum-exp over all keys, float32 ``[B,N,T]``; -inf where a query saw none.
+    dout: cotangent of the output over all keys, ``[B,T,N,Hv]``.
+    delta: ``sum_h dout out``, float32 ``[B,N,T]``.
+    Others: as in ``block_sparse_attention``.
+
+  Returns:
+    ``dq``, ``dk``, ``dv`` in float32 (float64 for float64 inputs), to be added to others.
+  """
+  sizes = _check(q, k, v, blocks, window, logit_cap)
+  B, T, N, S, Hv = (sizes[x] for x in ("B", "T", "N", "S", "Hv"))
+  for name, x, shape in (("lse", lse, (B, N, T)), ("delta", delta, (B, N, T))):
+    if x.shape != shape:
+      raise ValueError(f"{_NAME}_gradients: {name} has shape {x.shape}, expected {shape}.")
+  if dout.shape != (B, T, N, Hv):
+    raise ValueError(f"{_NAME}_gradients: dout has shape {dout.shape}, expected {(B, T, N, Hv)}.")
+  ids = _pair(segment_ids, B, T, S)
+  if T == 0 or S == 0:
+    return tuple(jnp.zeros(x.shape, lse.dtype) for x in (q, k, v))
+  return _GRADIENTS(
+    q, k, v, blocks, ids, lse, dout, delta,
+    causal=causal, window=window, logit_cap=logit_cap,
+    scale=_checks.scale_of(scale, q.shape[-1]), implementation=implementation, config=config,
+  )  # fmt: skip
+
+
+def _check(q, k, v, blocks, window, logit_cap) -> dict[str, int]:
+  """Sizes by letter, of arguments that fit together."""
+  sizes = _checks.shapes(_NAME, q=(q, "B T N H"), k=(k, "B S K H"), v=(v, "B S K Hv"))
+  B, T, N, S, K = (sizes[x] for x in "BTNSK")
+  if K == 0 or N % K:
+    raise ValueError(
+      f"{_NAME}: k has {K} heads, which don't divide the {N} heads of q; use a divisor of {N}."
+    )
+  if blocks is not None:
+    _check_pattern(blocks, B, T, S, N, K)
+  if window is not None and window < 1:
+    raise ValueError(f"{_NAME}: window is at least 1, got {window}; use None for no window.")
+  if logit_cap is not None and logit_cap <= 0:
+    raise ValueError(f"{_NAME}: logit_cap is positive, got {logit_cap}; use None for no cap.")
+  return sizes
 
 
 def _check_pattern(blocks: BlockPattern, B: int, T: int, S: int, N: int, K: int) -> None:

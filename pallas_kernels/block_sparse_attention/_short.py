@@ -8,8 +8,12 @@ which at such lengths cost a CPU more than they save; the weights that autodiff 
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels.block_sparse_attention.reference import token_mask
 
 _BLOCK = 128
 LONGEST = 512  # queries or keys; longer ones gain from the general form in most shapes
@@ -72,3 +76,38 @@ def _block(q, k, v, seen, logit_cap):
   out = out.reshape(b, heads, n // heads, t, -1) / safe
   out = out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, -1)
   return out, lse.reshape(b, n, t)
+
+
+def short_gradients(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  segment_ids: tuple[jax.Array, jax.Array] | None,
+  lse: jax.Array,
+  dout: jax.Array,
+  delta: jax.Array,
+  *,
+  causal: bool,
+  window: int | None,
+  logit_cap: float | None,
+  scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """See ``pallas_kernels.block_sparse_attention.block_sparse_attention_gradients``; one block."""
+  (B, T, N, _), (S, K) = q.shape, k.shape[1:3]
+  wide = lse.dtype
+  q, dout = (x.astype(wide).reshape(B, T, K, N // K, -1) for x in (q, dout))
+  lse, delta = (x.reshape(B, K, N // K, T)[..., None] for x in (lse, delta))
+  k, v = k.astype(wide), v.astype(wide)
+  dot = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+  s = scale * dot("btkgh,bskh->bkgts", q, k)
+  if logit_cap is not None:
+    s = logit_cap * jnp.tanh(s / logit_cap)
+  seen = token_mask(T, S, causal=causal, window=window, segment_ids=segment_ids)[:, None, None]
+  seen = seen & (lse > -jnp.inf)
+  p = jnp.where(seen, jnp.exp(jnp.where(seen, s - lse, 0.0)), 0.0)
+  ds = p * (dot("btkgh,bskh->bkgts", dout, v) - delta)
+  if logit_cap is not None:
+    ds = ds * (1.0 - (s / logit_cap) ** 2)
+  ds = scale * ds
+  dq = dot("bkgts,bskh->btkgh", ds, k).reshape(B, T, N, -1)
+  return dq, dot("bkgts,btkgh->bskh", ds, q), dot("bkgts,btkgh->bskh", p, dout)

@@ -13,3 +13,6 @@ def block_sparse_attention(*args: Any, **kwargs: Any) -> NoReturn:
     "block_sparse_attention: the Mosaic GPU (Hopper) kernel is not implemented yet; use "
     "implementation='xla'."
   )
+
+
+block_sparse_attention_gradients = block_sparse_attention

@@ -146,6 +146,31 @@ def block_sparse_attention(
   config: TPUConfig | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
   """See ``pallas_kernels.block_sparse_attention``."""
+  rule = {"causal": causal, "window": window, "logit_cap": logit_cap, "scale": scale}
+  return _attend(*_planned(q, k, v, blocks, segment_ids, config, block_max=block_max, **rule))
+
+
+def block_sparse_attention_gradients(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  blocks: BlockPattern | None,
+  segment_ids: tuple[jax.Array, jax.Array] | None,
+  lse: jax.Array,
+  dout: jax.Array,
+  delta: jax.Array,
+  *,
+  config: TPUConfig | None,
+  **rule: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  plan, q, k, v, lists, ids = _planned(q, k, v, blocks, segment_ids, config, **rule)
+  return _gradients(plan, q, k, v, lists[1], ids, lse, dout, delta)
+
+
+def _planned(
+  q, k, v, blocks, segment_ids, config, *, causal, window, logit_cap, scale, block_max=False
+):
+  """What ``_attend`` takes."""
   interpret = require_tpu("block_sparse_attention")
   T, S = q.shape[1], k.shape[1]
   if blocks is None:
@@ -164,7 +189,7 @@ def block_sparse_attention(
   lists = tile_lists(blocks, T=T, S=S, causal=causal, window=window, segment_ids=segment_ids)
   if segment_ids is not None:
     segment_ids = tuple(jnp.broadcast_to(x, (q.shape[0], x.shape[1])) for x in segment_ids)
-  return _attend(plan, q, k, v, lists, segment_ids)
+  return plan, q, k, v, lists, segment_ids
 
 
 def _check(q: jax.Array, k: jax.Array, v: jax.Array, plan: Plan) -> None:
@@ -242,14 +267,20 @@ def _forward(plan: Plan, q, k, v, lists: tuple[Lists, Lists], ids):
 def _backward(plan: Plan, saved, cotangents):
   q, k, v, out, lse, (_, lists), ids = saved
   dout, dlse, _ = cotangents  # the largest weight of a tile is a target, not a path of gradients
+  di = jnp.einsum("btnh,btnh->bnt", dout.astype(jnp.float32), out.astype(jnp.float32))
+  gradients = _gradients(plan, q, k, v, lists, ids, lse, dout, di - dlse)
+  return *(g.astype(x.dtype) for g, x in zip(gradients, (q, k, v))), None, None
+
+
+def _gradients(plan: Plan, q, k, v, lists: Lists, ids, lse, dout, di):
+  """Of q, k and v, in float32; ``lists`` are the transposed ones."""
   rule, dtype = plan.rule, jnp.result_type(q, k, v)
   B, T, N, H = q.shape
   S, K, Hv = k.shape[1], k.shape[2], v.shape[-1]
   Y, c, R, X = plan.backward_layout(T, S, H, Hv, dtype)
   scaled = (q.astype(jnp.float32) * rule.query_scale).astype(dtype)
   some = lse > -jnp.inf
-  di = jnp.einsum("btnh,btnh->bnt", dout.astype(jnp.float32), out.astype(jnp.float32))
-  di = jnp.where(some, di - dlse, 0.0)
+  di = jnp.where(some, di, 0.0)
   base2 = jnp.where(some, lse * LOG2E, jnp.inf)
   keys = _sublanes(k.astype(dtype), rule.block_kv, (Y, c))
   keys_t, values = keys.swapaxes(-1, -2), _sublanes(v.astype(dtype), rule.block_kv, (Y, c))
@@ -291,9 +322,8 @@ def _backward(plan: Plan, saved, cotangents):
     (dk, dv), rest = jax.lax.scan(add, [dk, dv], jax.tree.map(lambda x: x[1:], xs))
     dq = jnp.concatenate([dq, rest])
   key_scale = LN2 if rule.logit_cap is None else rule.logit_cap
-  dq = (_tokens(jnp.moveaxis(dq, 0, 2), T) * rule.scale).astype(q.dtype)
-  dk = (_tokens(dk, S) * key_scale).astype(k.dtype)
-  return dq, dk, _tokens(dv, S).astype(v.dtype), None, None
+  dq = _tokens(jnp.moveaxis(dq, 0, 2), T) * rule.scale
+  return dq, _tokens(dk, S) * key_scale, _tokens(dv, S)
 
 
 _attend.defvjp(_forward, _backward)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -74,3 +76,30 @@ def block_sparse_attention(
   p = jnp.pad(jax.lax.stop_gradient(p), ((0, 0), (0, 0), (0, -T % bq), (0, -S % bk)))
   p = p.reshape(*p.shape[:2], p.shape[2] // bq, bq, p.shape[3] // bk, bk)
   return out, lse, jnp.max(p, axis=(3, 5))
+
+
+def block_sparse_attention_gradients(
+  q: jax.Array,  # [B,T,N,H]
+  k: jax.Array,  # [B,S,K,H]
+  v: jax.Array,  # [B,S,K,Hv]
+  blocks: BlockPattern | None,
+  segment_ids: tuple[jax.Array, jax.Array] | None,
+  lse: jax.Array,  # [B,N,T]
+  dout: jax.Array,  # [B,T,N,Hv]
+  delta: jax.Array,  # [B,N,T]
+  *,
+  config: None = None,
+  **rule: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  wide = [x.astype(lse.dtype) for x in (q, k, v)]
+
+  def attend(q, k, v):
+    return block_sparse_attention(q, k, v, blocks, segment_ids, block_max=False, **rule)[:2]
+
+  # By the gradient of softmax attention over these keys alone: P = w P' with w = exp(lse' - lse),
+  # and the cotangent of lse' turns its own delta into w delta.
+  (out, own), pull = jax.vjp(attend, *wide)
+  seen = own > -jnp.inf
+  w = jnp.where(seen, jnp.exp(own - jnp.where(seen, lse, 0.0)), 0.0)
+  dout = w.swapaxes(1, 2)[..., None] * dout.astype(lse.dtype)
+  return pull((dout, jnp.sum(dout * out, axis=-1).swapaxes(1, 2) - w * delta))

@@ -19,7 +19,11 @@ import jax.numpy as jnp
 
 from pallas_kernels._dispatch import current_target
 from pallas_kernels.block_sparse_attention._gradients import with_gradients
-from pallas_kernels.block_sparse_attention._short import LONGEST, short_attention
+from pallas_kernels.block_sparse_attention._short import (
+  LONGEST,
+  short_attention,
+  short_gradients,
+)
 from pallas_kernels.block_sparse_attention.lists import Lists, tile_lists
 from pallas_kernels.block_sparse_attention.pattern import BlockPattern, dense_pattern
 from pallas_kernels.manual import vary, varying
@@ -256,7 +260,7 @@ def _forward(plan: _Plan, q, k, v, rows: _Rows, ids, block_max: bool):
   return out, lse, peak
 
 
-def _backward(plan: _Plan, q, k, v, rows: _Rows, ids, lse, dout, delta):
+def _backward(plan: _Plan, q, k, v, rows: _Rows, ids, lse, dout, delta, dtype):
   keys, values = plan.keys(k), plan.keys(v)
   per_query = [plan.queries(x.swapaxes(1, 2)) for x in (lse, delta)]
   m_rows, f32 = plan.F * plan.bq, plan.accumulator
@@ -268,7 +272,8 @@ def _backward(plan: _Plan, q, k, v, rows: _Rows, ids, lse, dout, delta):
       return total.at[row.head[:, None], idx].add(update)
 
     def one(slot, total):
-      where = (row.head[0], idx[0, slot], 0, 0)
+      start = jnp.zeros((), idx.dtype)  # under jax_enable_x64 a plain 0 is of another type
+      where = (row.head[0], idx[0, slot], start, start)
       here = jax.lax.dynamic_slice(total, where, (1, 1, *total.shape[2:]))
       more = jax.lax.dynamic_slice_in_dim(update, slot, 1, axis=1)
       return jax.lax.dynamic_update_slice(total, here + more, where)
@@ -301,7 +306,7 @@ def _backward(plan: _Plan, q, k, v, rows: _Rows, ids, lse, dout, delta):
 
     zero = jnp.zeros((plan.r, m_rows, plan.H), f32)
     dq, dk, dv = plan.over(row, body, (vary(zero, axes), *totals))
-    return (dk, dv), dq.astype(q.dtype)
+    return (dk, dv), dq.astype(dtype)
 
   zeros = tuple(jnp.zeros(x.shape, f32) for x in (keys, values))
   xs = (rows, plan.queries(q), plan.queries(dout), *per_query)
@@ -323,21 +328,49 @@ def block_sparse_attention(
   block_max: bool,
   config: XLAConfig | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-  T, S = q.shape[1], k.shape[1]
-  short = blocks is None and config is None and max(T, S) <= LONGEST
-  if short and current_target().platform == "cpu":
-    rule = {"causal": causal, "window": window, "logit_cap": logit_cap, "scale": scale}
+  rule = {"causal": causal, "window": window, "logit_cap": logit_cap, "scale": scale}
+  if _is_short(q, k, blocks, config):
     return *short_attention(q, k, v, segment_ids, **rule), None
-  if blocks is None:
-    blocks = dense_pattern(T, S, causal=causal, window=window)
-  lists, _ = tile_lists(blocks, T=T, S=S, causal=causal, window=window, segment_ids=segment_ids)
-  plan = _Plan(q, k, v, blocks, lists, (causal, window, logit_cap, scale), config)
+  plan, extra = _planned(q, k, v, blocks, segment_ids, config=config, **rule)
 
   def forward(q, k, v, extra):
     return _forward(plan, q, k, v, *extra, block_max)
 
   def backward(q, k, v, extra, lse, dout, delta):
-    return _backward(plan, q, k, v, *extra, lse, dout, delta)
+    return _backward(plan, q, k, v, *extra, lse, dout, delta, q.dtype)
 
-  extra = (plan.rows(lists), plan.ids(segment_ids))
   return with_gradients(forward, backward)(q, k, v, extra)
+
+
+def block_sparse_attention_gradients(
+  q: jax.Array,  # [B,T,N,H]
+  k: jax.Array,  # [B,S,K,H]
+  v: jax.Array,  # [B,S,K,Hv]
+  blocks: BlockPattern | None,
+  segment_ids: tuple[jax.Array, jax.Array] | None,
+  lse: jax.Array,  # [B,N,T]
+  dout: jax.Array,  # [B,T,N,Hv]
+  delta: jax.Array,  # [B,N,T]
+  *,
+  config: XLAConfig | None,
+  **rule: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  if _is_short(q, k, blocks, config):
+    return short_gradients(q, k, v, segment_ids, lse, dout, delta, **rule)
+  plan, extra = _planned(q, k, v, blocks, segment_ids, config=config, **rule)
+  return _backward(plan, q, k, v, *extra, lse, dout, delta, plan.accumulator)
+
+
+def _is_short(q, k, blocks, config) -> bool:
+  short = blocks is None and config is None and max(q.shape[1], k.shape[1]) <= LONGEST
+  return short and current_target().platform == "cpu"
+
+
+def _planned(q, k, v, blocks, segment_ids, *, config, causal, window, logit_cap, scale):
+  """The plan of a call, and its lists and ids."""
+  T, S = q.shape[1], k.shape[1]
+  if blocks is None:
+    blocks = dense_pattern(T, S, causal=causal, window=window)
+  lists, _ = tile_lists(blocks, T=T, S=S, causal=causal, window=window, segment_ids=segment_ids)
+  plan = _Plan(q, k, v, blocks, lists, (causal, window, logit_cap, scale), config)
+  return plan, (plan.rows(lists), plan.ids(segment_ids))

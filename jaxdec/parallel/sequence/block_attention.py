@@ -15,7 +15,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.block_sparse_attention import block_sparse_attention
+from pallas_kernels.block_sparse_attention import (
+  block_sparse_attention,
+  block_sparse_attention_gradients,
+)
 
 Kind = Literal["hidden", "full"] | int
 Ids = tuple[jax.Array, jax.Array] | None
@@ -89,15 +92,17 @@ def gradients(kind: Kind, q, k, v, ids: Ids, lse, dout, delta, rule: Rule):
   Args:
     lse, delta: ``[B,N,l]``, over all keys. dout: ``[B,l,N,Hv]``, of the whole output.
   """
-  # The op knows P_j = exp(s - lse_j) of its own keys. P = w P_j with w = exp(lse_j - lse), so the
-  # cotangents that make its dS the one above are w dout for its output, and for its log-sum-exp
-  # what turns its own delta, sum_h w dout out_j, into w delta.
-  (out, own), pull = jax.vjp(lambda q, k, v: attend(kind, q, k, v, ids, rule), q, k, v)
-  seen = own > -jnp.inf
-  weight = jnp.where(seen, jnp.exp(own - jnp.where(seen, lse, 0.0)), 0.0)
-  scaled = weight.swapaxes(1, 2)[..., None] * dout.astype(weight.dtype)
-  shift = jnp.sum(scaled * out.astype(weight.dtype), axis=-1).swapaxes(1, 2) - weight * delta
-  return tuple(x.astype(weight.dtype) for x in pull((scaled.astype(out.dtype), shift)))
+  length = q.shape[1]
+  stop, start, options = _cut(kind, length, rule)
+  ids = None if ids is None else (ids[0][:, :stop], ids[1][:, start:])
+  dq, dk, dv = block_sparse_attention_gradients(
+    q[:, :stop], k[:, start:], v[:, start:], lse[..., :stop], dout[:, :stop], delta[..., :stop],
+    segment_ids=ids, **options,
+  )  # fmt: skip
+  if stop < length:
+    dq = jnp.pad(dq, ((0, 0), (0, length - stop), (0, 0), (0, 0)))
+    dk, dv = (jnp.pad(x, ((0, 0), (start, 0), (0, 0), (0, 0))) for x in (dk, dv))
+  return dq, dk, dv
 
 
 def merge(part, other) -> tuple[jax.Array, jax.Array]:
