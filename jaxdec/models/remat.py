@@ -14,9 +14,10 @@ From most memory to least; ``jaxdec plan`` tells the bytes of a model on its har
   ``offload``      states; its input waits in host memory      as ``full``
   ===============  ==========================================  ===================================
 
-A state (``sequence_state``) does not grow with T, and computing it again would run a collective
-again, so every policy keeps it. Gathered keys and values (``sequence_kv``) are as long as the whole
-sequence, so only ``collectives`` keeps them. Gradients are the same under every policy.
+``sequence_state`` marks what a sequence-parallel layer has communicated and is no larger than its
+activations: states, which do not grow with T, or a ring's output. Computing it again would run the
+collective again, so every policy keeps it. Gathered keys and values (``sequence_kv``) are as long
+as the whole sequence; only ``collectives`` keeps them. Gradients are the same under every policy.
 
 Sources: Training Deep Nets with Sublinear Memory Cost (arXiv 1604.06174); Reducing Activation
 Recomputation in Large Transformer Models (arXiv 2205.05198); LASP-2 (arXiv 2502.07563) for states.
