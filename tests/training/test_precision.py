@@ -38,6 +38,7 @@ def types_of(tree):
   return {x.dtype.name for x in jax.tree.leaves(tree) if x.ndim}
 
 
+@pytest.mark.slow
 def test_half_computation_follows_float32_and_half_parameters_do_not():
   whole, _ = train()
   assert whole[-1] < 0.95 * whole[0]
