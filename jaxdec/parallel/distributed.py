@@ -196,7 +196,15 @@ def _connect(settings: DistributedConfig) -> None:
 
   thread = threading.Thread(target=start, daemon=True)
   thread.start()
-  thread.join(settings.start_timeout)
+  thread.join(min(10, settings.start_timeout))
+  if thread.is_alive():
+    index, count = settings.process_id, settings.num_processes
+    who = "this process" if index is None else f"process {index} of {count}"
+    print(
+      f"jaxdec: {who} waits for the others, {settings.start_timeout} s at most",
+      file=sys.stderr, flush=True,
+    )  # fmt: skip
+    thread.join(settings.start_timeout - 10)
   if thread.is_alive():
     why = _why_alone(settings)
     _disown()
@@ -274,9 +282,9 @@ def fail_fast() -> Iterator[None]:
   try:
     yield
   except BaseException as error:
-    if not jax.distributed.is_initialized() or isinstance(error, SystemExit):
+    index, count = _state().process_id, _state().num_processes
+    if count == 1 or not jax.distributed.is_initialized() or isinstance(error, SystemExit):
       raise
-    index, count = jax.process_index(), jax.process_count()
     code = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
     if code == 1:
       traceback.print_exc()

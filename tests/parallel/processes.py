@@ -197,7 +197,7 @@ def main():
   victim, name = options.pop("victim", None), options.pop("signal", None)
   from jaxdec.parallel.distributed import fail_fast, initialize
 
-  initialize()
+  assert initialize() == initialize() == "explicit"  # the second call changes nothing
   import jax
 
   options["act"] = lambda: os.kill(os.getpid(), getattr(signal, name))

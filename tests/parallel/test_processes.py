@@ -12,6 +12,9 @@ import jax
 import numpy as np
 import pytest
 
+from jaxdec import lm
+from jaxdec.drafting.base import Target
+from jaxdec.drafting.checkpoint import load_drafter
 from jaxdec.training import load_params, read_metrics
 from tests.parallel import processes
 from tests.parallel.processes import STEPS, rows_seen, run, train
@@ -208,6 +211,25 @@ def test_the_command_line_on_two_processes(command, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_drafter_distilled_on_two_processes(command, tmp_path):
+  """The target's parameters too are split over both."""
+  folder, port = tmp_path / "drafter", processes.free_port()
+  options = {
+    "--drafter": "medusa", "--num-heads": 2, "--steps": 2, "--batch-size": 4, "--seq-len": 32,
+    "--mesh": "fsdp=2", "--data": tmp_path / "text", "--work-dir": folder,
+  }  # fmt: skip
+  args = [str(part) for option in options.items() for part in option]
+  where = {"JAXDEC_COORDINATOR": f"localhost:{port}", "JAXDEC_NUM_PROCESSES": "2", **HEARTBEAT}
+  pair = [jaxdec("distill", *args, **where, JAXDEC_PROCESS_ID=str(i)) for i in range(2)]
+  outputs = [process.communicate(timeout=300) for process in pair]
+  assert [process.returncode for process in pair] == [0, 0], outputs
+  assert "medusa trained" in outputs[0][0] and "trained" not in outputs[1][0]
+  tiny = lm.tiny()
+  drafter, _ = load_drafter(folder, Target(tiny.model, tiny.params, None))
+  assert drafter.num_heads == 2
+
+
+@pytest.mark.slow
 def test_processes_that_never_meet(command):
   port, other = processes.free_port(), processes.free_port()
   timeout = {"JAXDEC_START_TIMEOUT": "15"}
@@ -228,3 +250,4 @@ def test_processes_that_never_meet(command):
   assert "process 0 was started with num_processes=2 and process 1 with num_processes=3" in ends[1]
   assert "process 1 was started with num_processes=3 and process 0 with num_processes=2" in ends[2]
   assert "is there, but not all 2 processes came within 15 s" in ends[3]
+  assert "process 0 of 2 waits for the others, 15 s at most" in ends[3]
