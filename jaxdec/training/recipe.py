@@ -39,7 +39,8 @@ class Recipe:
     eval_batches: held-out batches of each evaluation; 0: none.
     sequence: how layers compute where the mesh has several devices; None: left to XLA, which can
       partition no Pallas kernel.
-    layout, remat, dtype, param_dtype: see ``Decoder``. z_loss: see ``LanguageModel``.
+    layout, remat, dtype, param_dtype: see ``Decoder``. z_loss, loss_chunk: see
+      ``LanguageModel``.
   """
 
   model: DecoderConfig
@@ -55,6 +56,7 @@ class Recipe:
   dtype: str = "bfloat16"
   param_dtype: str = "float32"
   z_loss: float = 0.0
+  loss_chunk: int | None = None
 
   def __post_init__(self):
     for name in ("batch_size", "seq_len"):
@@ -77,7 +79,7 @@ class Recipe:
     )
 
   def task(self) -> LanguageModel:
-    return LanguageModel(self.decoder(), z_loss=self.z_loss)
+    return LanguageModel(self.decoder(), z_loss=self.z_loss, loss_chunk=self.loss_chunk)
 
   def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     """What a step reads, of all processes."""

@@ -75,7 +75,7 @@ def collectives(module: Module, mesh: Mesh) -> list[Collective]:
       kind = x.opcode.removesuffix("-start")
       if kind in KINDS:
         one = _one(module, mesh, computation, x, kind, count)
-        if one is not None:
+        if one is not None and one.group > 1:  # over an axis of one device nothing is sent
           found.append(one)
   return found
 

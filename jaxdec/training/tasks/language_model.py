@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxdec.models import Decoder, flops
 from jaxdec.training.task import Task
+from jaxdec.training.tasks.chunked import by_chunks
 
 
 def next_token_targets(
@@ -64,11 +65,14 @@ class LanguageModel(Task):
     z_loss: weight of ``logsumexp(logits)^2``, which keeps the logits from drifting (PaLM,
       arXiv 2204.02311, section 5); 0 for none.
     token_bytes: bytes each token id stands for, ``[V]``; given, evaluation reports bits per byte.
+    loss_chunk: tokens of a row whose logits exist at a time, on each device; None: of all tokens,
+      which takes a third fewer products with the head and ``4 B T V`` bytes.
   """
 
   model: Decoder
   z_loss: float = 0.0
   token_bytes: np.ndarray | None = None
+  loss_chunk: int | None = None
 
   def init(self, rng):
     whole = self.model.clone(sequence=None)  # eight tokens don't divide over every mesh
@@ -77,15 +81,24 @@ class LanguageModel(Task):
   def loss(self, params, frozen, batch, rng):
     del frozen, rng
     out = self.model.apply(
-      {"params": params}, batch["tokens"], batch.get("positions"), batch.get("segment_ids")
-    )
+      {"params": params}, batch["tokens"], batch.get("positions"), batch.get("segment_ids"),
+      logits=self.loss_chunk is None,
+    )  # fmt: skip
     labels, mask = next_token_targets(batch)
-    losses, normalizer = token_losses(out.logits, labels)
+
+    def of_tokens(logits, labels):
+      return *token_losses(logits, labels), jnp.argmax(logits, axis=-1) == labels
+
+    if self.loss_chunk is None:
+      losses, normalizer, correct = of_tokens(out.logits, labels)
+    else:
+      losses, normalizer, correct = by_chunks(
+        of_tokens, self.model, params, out.hidden, labels, self.loss_chunk
+      )
     weight = jnp.sum(mask)
     mean = 1.0 / jnp.maximum(weight, 1.0)
-    correct = (jnp.argmax(out.logits, axis=-1) == labels) * mask
     cross_entropy = jnp.sum(losses * mask) * mean
-    metrics = {"accuracy": jnp.sum(correct) * mean, "weight": weight}
+    metrics = {"accuracy": jnp.sum(correct * mask) * mean, "weight": weight}
     if not self.z_loss:
       return cross_entropy, metrics
     penalty = jnp.sum(jnp.square(normalizer) * mask) * mean
