@@ -15,7 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxdec.errors import UserError
 from jaxdec.parallel.sequence.config import EXCHANGES, LAYOUTS, check_choice
-from jaxdec.parallel.sequence.exchange import SAVED, Plan, incoming
+from jaxdec.parallel.sequence.exchange import SAVED, incoming
+from jaxdec.parallel.sequence.ranks import Plan
 from jaxdec.parallel.sequence.shard import Shard, flip, join_runs
 from pallas_kernels.manual import vary, varying
 from pallas_kernels.numerics import repeat_heads
