@@ -51,17 +51,19 @@ def train_program(recipe: Recipe, mesh: Mesh) -> Program:
 
 
 def decode_program(recipe: Recipe, mesh: Mesh, batch_size: int, cache_length: int) -> Program:
-  """One more token of every sequence: parameters by the rules, states split over batch and heads.
+  """One more token of every sequence; every device decodes its own, with all parameters.
+
+  Parameters lie by the rules (over ``fsdp`` they are gathered in every step), in the compute type.
 
   Raises:
-    UserError: the mesh splits sequences (a decoding step has one position), or the batch doesn't
-      divide.
+    UserError: the mesh splits sequences (a decoding step has one position) or matrices (the cache's
+      kernels work on whole heads), or the batch doesn't divide.
   """
-  if mesh.shape["seq"] > 1:
-    raise UserError(
-      f"a decoding step has one position to compute, and the mesh splits sequences over "
-      f"seq={mesh.shape['seq']} devices; use data, fsdp or tensor"
-    )
+  for axis, why in (("seq", "has one position to compute"), ("tensor", "computes whole heads")):
+    if mesh.shape[axis] > 1:
+      raise UserError(
+        f"a decoding step {why}, and the mesh has {axis}={mesh.shape[axis]}; use data or fsdp"
+      )
   rules = rules_lib.DEFAULT
   model = dataclasses.replace(recipe, layout="unrolled", remat="none", sequence=None).decoder()
   boxed = jax.eval_shape(
@@ -70,29 +72,21 @@ def decode_program(recipe: Recipe, mesh: Mesh, batch_size: int, cache_length: in
   params = _placed(nn.unbox(boxed), rules_lib.shardings(boxed, rules, mesh), model.dtype)
   state = jax.eval_shape(lambda: model.init_state(batch_size, cache_length))
 
-  def lies(x):
-    # [B] lengths, [B,K,S,H] caches and [B,K,H,V] states: batch first, then heads.
-    names = ("batch", "kv_heads")[: min(2, x.ndim)]
-    spec = rules.spec(names, mesh, shape=x.shape[: len(names)], where="decoding state")
-    return NamedSharding(mesh, spec)
-
-  state = _placed(state, jax.tree.map(lies, state))
-  split = NamedSharding(mesh, rules.spec(("batch",), mesh, shape=(batch_size,), where="batch"))
+  rows = rules.spec(("batch",), mesh, shape=(batch_size,), where="batch")
+  split = NamedSharding(mesh, rows)
+  state = _placed(state, jax.tree.map(lambda _: split, state))  # batch comes first everywhere
   tokens = jax.ShapeDtypeStruct((batch_size, 1), np.int32, sharding=split)
 
   def step(params, state, tokens):
     out = model.apply({"params": params}, tokens, state, state.length[:, None], method=model.extend)
     return out.state, jnp.argmax(out.logits[:, -1], axis=-1)
 
-  with jax.set_mesh(mesh), nn.logical_axis_rules(rules.flax()):
-    out_shardings = (
-      jax.tree.map(lambda x: x.sharding, state), NamedSharding(mesh, PartitionSpec())
-    )  # fmt: skip
-    lowered = (
-      jax.jit(step, donate_argnums=1, out_shardings=out_shardings)
-      .trace(params, state, tokens)
-      .lower(lowering_platforms=("tpu",))
-    )
+  # XLA cannot partition a Pallas kernel, so the step runs on each device's rows.
+  own = jax.shard_map(
+    step, mesh=mesh, in_specs=(PartitionSpec(), rows, rows), out_specs=(rows, rows), check_vma=False
+  )
+  traced = jax.jit(own, donate_argnums=1).trace(params, state, tokens)
+  lowered = traced.lower(lowering_platforms=("tpu",))
   count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
   if not recipe.model.tie_embeddings:
     count -= recipe.model.vocab_size * recipe.model.dim
