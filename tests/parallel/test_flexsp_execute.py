@@ -22,7 +22,7 @@ from jaxdec.parallel.flexsp import (
   measure,
   task_gradients,
 )
-from jaxdec.parallel.flexsp.execute import pack, token_bounds
+from jaxdec.parallel.flexsp.packing import pack, token_bounds
 from jaxdec.parallel.mesh import make_mesh
 from jaxdec.parallel.sequence import SequenceConfig
 from jaxdec.training import LanguageModel
@@ -298,6 +298,12 @@ def test_errors_before_anything_runs(executor):
     executor(plan((9, 5)), PARAMS, rows)
   with pytest.raises(UserError, match="2 sequences for a plan of 3"):
     executor(plan((9, 4, 1)), PARAMS, rows)
+  without = [rows[0], {"tokens": rows[1]["tokens"]}]
+  with pytest.raises(UserError, match=r"sequence 1 has arrays.*sequence 0: tokens, loss_mask"):
+    executor(plan((9, 4)), PARAMS, without)
+  shorter = [dict(rows[0], loss_mask=np.ones(8, bool)), rows[1]]
+  with pytest.raises(UserError, match=r"sequence 0 has arrays.*each of its 9 tokens"):
+    executor(plan((9, 4)), PARAMS, shorter)
   with pytest.raises(UserError, match=r"layout='zigzga'.*did you mean"):
     Executor(regression, cap=CAP, layout="zigzga")
   small = Executor(regression, cap=4)

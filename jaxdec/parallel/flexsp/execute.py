@@ -12,7 +12,8 @@ the gradient of the mean over all tokens of the batch, as a single device would 
 
 Communication: what the program of a group does within the group; parameters are gathered onto every
 device once a step, and gradients are reduced over all devices once a step (all-reduce of their
-bytes in at least float32, or reduce-scatter where they are to lie split).
+bytes in at least float32, or reduce-scatter where they are to lie split). Of several processes each
+calls the executor with the same plan and sequences, and runs the groups that it has devices of.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxdec.errors import UserError
 from jaxdec.parallel import rules as rules_lib
+from jaxdec.parallel.flexsp.packing import pack, token_bounds
 from jaxdec.parallel.flexsp.plan import Group, Plan
 from jaxdec.parallel.mesh import AXES, make_mesh
 from jaxdec.parallel.sequence.config import LAYOUTS, Layout, check_choice
@@ -73,40 +75,6 @@ def task_gradients(task: Task) -> LossAndGradients:
     return loss, metrics["weight"], gradients
 
   return loss_and_gradients
-
-
-def token_bounds(cap: int, multiple: int = 1) -> tuple[int, ...]:
-  """Sizes that tokens of a device are padded to: eight an octave, so at most an eighth is padding.
-
-  Args:
-    cap: the last size. multiple: every size is rounded up to it (a kernel's chunk).
-  """
-  sizes, step = set(), 1
-  for size in range(1, 8):
-    sizes.add(size)
-  while 8 * step <= cap:
-    sizes.update(range(8 * step, 16 * step, step))
-    step *= 2
-  rounded = {-(-size // multiple) * multiple for size in {s for s in sizes if s < cap} | {cap}}
-  return tuple(sorted(rounded))
-
-
-def pack(sequences: Sequence[Mapping[str, np.ndarray]], tokens: int) -> dict[str, np.ndarray]:
-  """Sequences one behind the other in a row ``[1, tokens]``, padded with 0.
-
-  ``segment_ids`` (1, 2, ...; 0 for padding) and ``positions`` are made here; every other array of
-  the sequences, ``tokens`` first, is concatenated.
-  """
-  names = list(sequences[0])
-  columns = {name: np.concatenate([np.asarray(s[name]) for s in sequences]) for name in names}
-  sizes = [len(s["tokens"]) for s in sequences]
-  columns["segment_ids"] = np.repeat(np.arange(1, len(sizes) + 1, dtype=np.int32), sizes)
-  columns["positions"] = np.concatenate([np.arange(n, dtype=np.int32) for n in sizes])
-  free = tokens - sum(sizes)
-  return {
-    name: np.pad(column, [(0, free)] + [(0, 0)] * (column.ndim - 1))[None]
-    for name, column in columns.items()
-  }
 
 
 class Executor:
@@ -200,7 +168,7 @@ class Executor:
       extras: further arguments of ``loss_and_gradients``, arrays.
 
     Raises:
-      UserError: a plan for other devices or sequences.
+      UserError: a plan for other devices or sequences; sequences with different arrays.
     """
     self._check(plan, sequences)
     placed = jax.device_put((params, *extras), self._everywhere)
@@ -230,6 +198,14 @@ class Executor:
         else f"sequence {where} has {sizes[where]} tokens, planned were {plan.lengths[where]}"
       )
       raise UserError(f"{detail}; run a plan with the sequences it was made for")
+    first = {name: np.shape(x)[1:] for name, x in sequences[0].items()}
+    for i, (sequence, size) in enumerate(zip(sequences, sizes)):
+      shapes = {name: np.shape(x) for name, x in sequence.items()}
+      if shapes != {name: (size, *rest) for name, rest in first.items()}:
+        raise UserError(
+          f"sequence {i} has arrays of shapes {shapes}; expected one item for each of its {size} "
+          f"tokens, and the arrays of sequence 0: {', '.join(first)}"
+        )
 
   def _run(self, plan, group, sequences, leaves, copies, tree, parts):
     """Starts one group; puts what each of its devices holds afterwards into ``parts``."""
