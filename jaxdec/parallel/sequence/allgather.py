@@ -49,8 +49,7 @@ def allgather_attention(
   runs, count = len(held[0]), ranks * len(held[0])
   batch, each = q.shape[0], q.shape[1] // runs
   kv = block.pack(k, v)
-  # Tiled: the TPU compiler makes an all-reduce, of twice the bytes, of the other form's transpose.
-  gathered = checkpoint_name(jax.lax.all_gather(kv, axis_name, tiled=True), "sequence_kv")
+  gathered = checkpoint_name(_gathered(kv, axis_name), "sequence_kv")
   kv = _blocks(gathered.reshape(ranks, *kv.shape), runs)
   ids = jnp.zeros((1, count, each), jnp.int32) if ids is None else ids.reshape(batch, count, each)
   place = np.argsort(np.array(held).reshape(-1))  # where each block lies in what was gathered
@@ -78,6 +77,22 @@ def _attend(q, keys, values, ids: jax.Array, seen: jax.Array | bool, rule: block
   return block_sparse_attention(
     q, keys, values, segment_ids=(ids[:, -1], kv_ids), return_lse=True, **rule._asdict()
   )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(x: jax.Array, axis_name: Axis) -> jax.Array:
+  """``[W*n,...]`` of all ranks' ``[n,...]``."""
+  return jax.lax.all_gather(x, axis_name, tiled=True)
+
+
+def _scattered(axis_name: Axis, _: None, g: jax.Array) -> tuple[jax.Array]:
+  # Tiled and fenced: where the sum is cut up further, or lies by ranks in an axis of its own, TPU
+  # compilers make an all-reduce of it, which sends twice the bytes.
+  g = jax.lax.psum_scatter(jax.lax.optimization_barrier(g), axis_name, tiled=True)
+  return (jax.lax.optimization_barrier(g),)
+
+
+_gathered.defvjp(lambda x, axis_name: (_gathered(x, axis_name), None), _scattered)
 
 
 def _blocks(x: jax.Array, runs: int) -> jax.Array:
