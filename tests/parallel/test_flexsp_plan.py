@@ -348,6 +348,19 @@ def test_plans_are_deterministic_and_solved_once_per_histogram():
 
 
 @pytest.mark.slow
+def test_a_batch_on_16_devices_with_the_solver():
+  costs = gpt_7b(16)
+  lengths = (np.random.default_rng(8).lognormal(8.5, 1.5, 48).astype(int) + 1).tolist()
+  planner = Planner(devices=16, model=costs, time_limit=2.0)
+  best = planner.plan(lengths)
+  check_plan(best, 16)
+  greedy = Planner(devices=16, model=costs, method="greedy").plan(lengths)
+  assert planner.solved > 0
+  assert best.bound <= best.time <= greedy.time <= best.time * 1.05
+  assert greedy.time < planner.static(lengths, degree=16).time
+
+
+@pytest.mark.slow
 def test_processes_find_the_same_plan():
   lengths = np.random.default_rng(4).integers(1, 300, 12).tolist()
   plans = [

@@ -100,10 +100,10 @@ def solve(
   cost = np.stack([model.time(bounds, int(d)) for d in group_degrees], axis=1)  # [K, P]
   least = np.array([model.least_degree(int(b)) for b in bounds])
 
-  eye_p, one_p = sparse.identity(size_p), np.ones((1, size_p))
+  eye_p, one_p = sparse.eye_array(size_p), np.ones((1, size_p))
   zeros = sparse.csr_array((size_p, size_p))
   column = sparse.csr_array((size_p, 1))
-  each_bucket = sparse.kron(sparse.identity(size_k), one_p)  # sums A over p
+  each_bucket = sparse.kron(sparse.eye_array(size_k), one_p)  # sums A over p
   count_p = sparse.kron(np.ones((1, size_k)), eye_p)  # sums A over k
   tokens_p = sparse.kron(bounds[None], eye_p)
   time_p = sparse.hstack([sparse.diags_array(row) for row in cost])
