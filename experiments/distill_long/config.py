@@ -36,7 +36,7 @@ def tiny(work_dir: str | None = None) -> DistillConfig:
       steps=60,
       log_every=1,
       optimizer=OptimizerConfig(
-        learning_rate=5e-3, schedule="constant", warmup_steps=10, weight_decay=0.0
+        learning_rate=5e-3, schedule="constant", warmup_steps=5, weight_decay=0.0
       ),
       mesh=MeshConfig(seq=4),
     ),

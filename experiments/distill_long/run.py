@@ -26,7 +26,7 @@ from jaxdec.parallel import make_mesh
 from jaxdec.report import Column, Table, describe
 from jaxdec.training import MeshConfig, read_metrics
 
-COMPARED = 10  # steps that are repeated on one device
+COMPARED = 10  # steps that are repeated on one device, at least twice the steps of warm-up
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = (
   Column("depth", "draft", align="left"),

@@ -91,8 +91,8 @@ def tiny(kind: str, hybrid: bool, *, long: bool = False) -> Recipe:
     max_length=512,
   )  # fmt: skip
   trainer = TrainerConfig(
-    steps=100,
-    optimizer=OptimizerConfig(learning_rate=3e-3, schedule="constant", warmup_steps=20),
+    steps=80,
+    optimizer=OptimizerConfig(learning_rate=3e-3, schedule="constant", warmup_steps=10),
     log_every=1,
     mesh=MeshConfig(seq=4),
   )

@@ -25,7 +25,7 @@ from experiments.lasp2.config import KINDS, get_config
 from jaxdec.report import Column, Table, describe
 from jaxdec.training import MeshConfig, Recipe, read_metrics
 
-COMPARED = 20  # steps that are repeated on one device
+COMPARED = 20  # steps that are repeated on one device, at least twice the steps of warm-up
 RESULTS = Path(__file__).parent / "results"
 # Loss after 50B tokens of SlimPajama at 1B parameters, arXiv 2502.07563 (pure, 1/4 hybrid).
 PAPER = {
@@ -98,6 +98,17 @@ def table(variants: dict[str, dict[str, Any]]) -> Table:
   ))  # fmt: skip
 
 
+def write(variants: dict[str, dict[str, Any]], out: Path) -> None:
+  """The table, and every tenth loss of each variant."""
+  out.mkdir(parents=True, exist_ok=True)
+  report = table(variants)
+  curves = {name: [round(x, 4) for x in v["losses"][9::10]] for name, v in variants.items()}
+  command = " ".join(["python -m experiments.lasp2.run", *sys.argv[1:]])
+  head = {"command": command, "machine": describe(), "every_tenth_loss": curves}
+  (out / "losses.json").write_text(report.json(**head), encoding="utf-8")
+  (out / "losses.md").write_text(report.markdown(), encoding="utf-8")
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
@@ -123,17 +134,11 @@ def main() -> None:
       f"difference to one device {result['first']:.1e}, then at most {result['apart']:.1e}",
       flush=True,
     )  # fmt: skip
-  report = table(variants)
-  print(report.markdown())
+  print(table(variants).markdown())
   everything = arguments.steps is None and tuple(arguments.kinds) == KINDS
   out = arguments.out or (RESULTS if everything else None)
   if out is not None:
-    out.mkdir(parents=True, exist_ok=True)
-    curves = {name: [round(x, 4) for x in v["losses"][9::10]] for name, v in variants.items()}
-    command = " ".join(["python -m experiments.lasp2.run", *sys.argv[1:]])
-    head = {"command": command, "machine": describe(), "every_tenth_loss": curves}
-    (out / "losses.json").write_text(report.json(**head), encoding="utf-8")
-    (out / "losses.md").write_text(report.markdown(), encoding="utf-8")
+    write(variants, out)
 
 
 if __name__ == "__main__":
