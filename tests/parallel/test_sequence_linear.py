@@ -147,6 +147,29 @@ def test_every_kind_exchange_and_number_of_ranks(kind, ranks, packed):
   compare(kind, packed, ranks, layers)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["channel", "gated delta", "mamba"])
+@pytest.mark.parametrize("result", [0, 1])
+def test_gradients_of_one_result_alone(kind, result):
+  """Of the outputs, or of the final state: the other's gradient is absent, not zero."""
+
+  def only(layer):
+    def zeroed(arrays, segment_ids):
+      results = layer(arrays, segment_ids)
+      return [x if i == result else jax.lax.stop_gradient(x) for i, x in enumerate(results)]
+
+    return zeroed
+
+  layers = {
+    f"{x}, {check}": only(many_devices(4, check_vma=check, exchange=x))
+    for x in ("gather", "scan")
+    for check in (False, True)
+  }
+  results = run({"one": only(one_device)} | layers, inputs(kind), documents())
+  for name in layers:
+    assert_equal(results[name], results["one"], 4, 1e-12)
+
+
 def test_batch_and_sequence_both_split():
   """Four arrays of one mesh: what varies over ``data`` too, and a state that does not over seq."""
   arrays = inputs("gated delta")
@@ -169,6 +192,7 @@ HEADS = {
   "decays of two heads, one key": dict(q=4, k=1, v=2, decay=(2,)),
   "channel decays of two heads, one value": dict(q=4, k=4, v=1, decay=(2, 4)),
   "nothing but queries has all heads": dict(q=4, k=2, v=1, decay=()),
+  "a state of fewer heads": dict(q=4, k=1, v=4, decay=(4,), state=2),
 }
 
 
@@ -177,9 +201,11 @@ HEADS = {
 def test_head_counts(name):
   rng = np.random.default_rng(0)
   heads = dict(HEADS[name])
-  decay = heads.pop("decay")
+  decay, state = heads.pop("decay"), heads.pop("state", None)
   widths = {"q": 4, "k": 4, "v": 6}
   arrays = {x: jnp.asarray(rng.normal(size=(2, 32, n, widths[x]))) for x, n in heads.items()}
+  if state is not None:
+    arrays["initial_state"] = jnp.asarray(rng.normal(size=(2, state, 4, 6)))
   if decay:
     arrays["log_decay"] = -jnp.asarray(rng.exponential(size=(2, 32, *decay)))
   results = run(

@@ -119,19 +119,22 @@ def _causal(layer: Shard, initial_state, plan: Plan):
   if plan.ranks == 1:
     out, final = layer.op(initial_state)
     return out, leave(plan, final)
-  run = layer.summary(0 if initial_state is None else initial_state.shape[1])
+  run, link = layer.summary(0 if initial_state is None else initial_state.shape[1])
   run = jax.tree.map(lambda x: x.reshape(plan.runs, -1, *x.shape[1:]), run)
+  if initial_state is not None:
+    initial_state = repeat_heads(initial_state, run.update.shape[-3])
   state, final = incoming(run, initial_state, plan)
-  return layer.outputs(state.reshape(-1, *state.shape[2:])), final
+  return layer.outputs(state.reshape(-1, *state.shape[2:]), final, link)
 
 
 def _read_all(layer: Shard, initial_state, plan: Plan):
   """Every token reads the sum of all updates: LASP-2 without mask (algorithm 1)."""
-  state = layer.summary(0 if initial_state is None else initial_state.shape[1]).update
+  run, _ = layer.summary(0 if initial_state is None else initial_state.shape[1])
+  state = run.update
   if plan.ranks > 1 or plan.invariant:
     state = checkpoint_name(lax.psum(state, plan.axis), SAVED)
   if initial_state is not None:
-    state = state + initial_state
+    state = state + repeat_heads(initial_state, state.shape[1])
   out = layer.read(state).astype(layer.q.dtype)
   return out, repeat_heads(state, layer.heads)
 

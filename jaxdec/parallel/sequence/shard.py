@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxdec.parallel.sequence import delta
 from jaxdec.parallel.sequence.summary import FORGET, Summary
 from pallas_kernels import current_target
 from pallas_kernels.delta_rule import delta_rule
@@ -93,31 +95,26 @@ class Shard:
   def op(self, initial_state: jax.Array | None = None):
     """Outputs and final state on this rank alone."""
     options = dict(
-      log_decay=self.log_decay,
       initial_state=initial_state,
       segment_ids=self.segment_ids,
       scale=self.factor,
       chunk_size=self.chunk_size,
     )
     if self.beta is None:
-      return linear_attention(self.q, self.k, self.v, **options)
-    for name in ("log_decay", "initial_state"):
-      if options[name] is not None:
-        axis = 2 if name == "log_decay" else 1
-        options[name] = repeat_heads(options[name], self.heads, axis)
-    beta = repeat_heads(self.beta, self.heads, 2)
-    return delta_rule(self.q, self.k, self.v, beta, **options)
+      return linear_attention(self.q, self.k, self.v, log_decay=self.log_decay, **options)
+    if initial_state is not None:
+      options["initial_state"] = repeat_heads(initial_state, self.heads, 1)
+    x = self._delta
+    return delta_rule(x.q, x.k, x.v, x.beta, log_decay=x.log_decay, **options)
 
-  def summary(self, heads: int = 0) -> Summary:
-    """This rank's map. ``heads``: the least number of heads of its state."""
+  def summary(self, heads: int = 0) -> tuple[Summary, delta.Link | None]:
+    """This rank's map, and what ``outputs`` needs. ``heads``: the least its state has."""
     ids = (None, None)
     if self.segment_ids is not None:
       ids = self.segment_ids[:, 0], self.segment_ids[:, -1]
     if self.beta is not None:
-      # Outputs are nobody's: k in the place of q leaves them to be removed.
-      _, final = dataclasses.replace(self, q=self.k)._with_map()
-      width = self.v.shape[-1]
-      return Summary(final[..., :width], None, final[..., width:], *ids)
+      update, dense, link = delta.summarise(self._options, self._delta)
+      return Summary(update, None, dense, *ids), link
     k, v, g = self.k, self.v, self.decays
     log = None
     if g is not None:
@@ -127,16 +124,25 @@ class Shard:
       k, v = self._decay(k, v, suffix(g, axis=1))
     counts = [k.shape[2], v.shape[2], heads or 1]
     heads = max(counts) if all(max(counts) % x == 0 for x in counts) else self.heads
-    return Summary(self._outer(k, v, heads), log, None, *ids)
+    return Summary(self._outer(k, v, heads), log, None, *ids), None
 
-  def outputs(self, state: jax.Array) -> jax.Array:
-    """Outputs, with a state that enters the shard."""
+  def outputs(self, state: jax.Array, final: jax.Array, link: delta.Link | None):
+    """Outputs, with a state that enters the shard, and the final state."""
     if self.beta is None:
-      return self.op()[0] + self.read(state)
-    out, _ = self._with_map()
-    width = self.v.shape[-1]
-    seen = _read(out[..., width:], state, self._operands)
-    return out[..., :width] + seen
+      return self.op()[0] + self.read(state), final
+    out, queries = delta.outputs(self._options, self._delta)
+    product = functools.partial(_read, operands=self._operands)
+    return delta.read(product, out, queries, state, final, link)
+
+  @property
+  def _options(self) -> delta.Options:
+    return delta.Options(self.heads, self.factor, self.chunk_size)
+
+  @property
+  def _delta(self) -> delta.Arrays:
+    decay = None if self.log_decay is None else repeat_heads(self.log_decay, self.heads, 2)
+    beta = repeat_heads(self.beta, self.heads, 2)
+    return delta.Arrays(self.q, self.k, self.v, beta, decay, self.segment_ids)
 
   def read(self, state: jax.Array) -> jax.Array:
     """What the queries see of a state that enters the shard (no delta rule)."""
@@ -156,18 +162,6 @@ class Shard:
     q, k = repeat_heads(q, n, 2), repeat_heads(k, n, 2)
     dots = self.factor * jnp.sum(q * k, axis=-1, keepdims=True)
     return _times(repeat_heads(v, self.heads, 2), dots)
-
-  def _with_map(self):
-    """The delta rule of values ``[v|0]`` from the state ``[0|I]``.
-
-    Outputs ``[out|Q]``, where Q are the scaled queries as a state before the shard meets them, and
-    the final state ``[U|M]``.
-    """
-    b, _, _, h = self.q.shape
-    zeros = jnp.zeros((*self.v.shape[:3], h), self.v.dtype)
-    start = jnp.concatenate([jnp.zeros((h, self.v.shape[-1])), jnp.eye(h)], axis=1)
-    start = jnp.broadcast_to(start.astype(self.wide), (b, self.heads, *start.shape))
-    return dataclasses.replace(self, v=jnp.concatenate([self.v, zeros], axis=-1)).op(start)
 
   @property
   def _operands(self) -> jnp.dtype:
