@@ -9,6 +9,10 @@ import pytest
 
 import jaxdec
 from experiments.distill_long import config, run
+from jaxdec.distillation import make_drafter
+from jaxdec.errors import UserError
+from jaxdec.parallel.sequence import SequenceConfig
+from jaxdec.training.tasks.distill import Distill
 
 
 def test_long_sizes_fit_together():
@@ -16,6 +20,13 @@ def test_long_sizes_fit_together():
   assert (teacher.seq_len, teacher.batch_size) == (job.seq_len, job.batch_size)
   assert job.seq_len % job.trainer.mesh.seq == 0
   assert teacher.sequence == config.SEQUENCE
+
+
+def test_zigzag_rows_are_refused():
+  lm = jaxdec.tiny()
+  model = lm.model.clone(sequence=SequenceConfig(layout="zigzag"))
+  with pytest.raises(UserError, match="distill with layout='contiguous'"):
+    Distill(make_drafter(config.tiny(), lm.config), model, lm.params)
 
 
 @pytest.mark.slow

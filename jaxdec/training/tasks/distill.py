@@ -21,15 +21,25 @@ from jaxdec.drafting.checkpoint import fingerprint, save_drafter, to_config
 from jaxdec.drafting.dynamic_tree import DynamicTree
 from jaxdec.drafting.static_tree import expected_tokens, greedy_tree
 from jaxdec.drafting.trained import TrainedDrafter
+from jaxdec.errors import UserError
 from jaxdec.models.flops import per_token
 from jaxdec.parallel.distributed import to_host
 from jaxdec.training.task import Batch, Task
 
 
 class Distill(Task):
-  """Trains ``drafter`` for the decoder ``model`` (either layout) and its ``target_params``."""
+  """Trains ``drafter`` for the decoder ``model`` (either layout) and its ``target_params``.
+
+  Raises:
+    UserError: the model's sequences lie zigzag.
+  """
 
   def __init__(self, drafter: TrainedDrafter, model: Any, target_params: Params):
+    if model.sequence is not None and model.sequence.layout != "contiguous":
+      raise UserError(
+        f"a drafter learns from the tokens that follow each position, which lie elsewhere with "
+        f"sequence layout={model.sequence.layout!r}; distill with layout='contiguous'"
+      )
     self.drafter = drafter
     self.model = model
     self._target_params = target_params
