@@ -166,7 +166,7 @@ def measured(tiny: bool) -> tuple[Table, Table]:
     (cap // 2,), (cap,), (2 * cap,), (4 * cap,), (8 * cap,),
     (cap // 8,) * 8, (cap // 4,) * 8, (cap // 2,) * 8,
   ]  # fmt: skip
-  found = measure(executor, params, cap=cap, lengths=lengths, repeats=2 if tiny else 5)
+  found = measure(executor, params, cap=cap, lengths=lengths, repeats=2 if tiny else 9)
   model = found.fit(cap=cap, bytes_per_token=exchange_bytes(config, 4))
   steps = [
     {
@@ -198,7 +198,7 @@ def measured(tiny: bool) -> tuple[Table, Table]:
     sequences = [random_tokens(n) for n in sizes]
     plans = {"FlexSP": planner.plan(sizes), "static": planner.static(sizes)}
     best = dict.fromkeys(plans, np.inf)
-    for turn in range(3 if tiny else 7):
+    for turn in range(3 if tiny else 10):
       for name, plan in plans.items():
         start = time.perf_counter()
         jax.block_until_ready(executor(plan, params, sequences))

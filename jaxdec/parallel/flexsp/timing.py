@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -99,46 +100,60 @@ def measure(
         for c in range(copies)
       )
       plan = Plan(devices, inside * copies, limit, (groups,))
-      ms = _fastest(repeats, executor, plan, params, rows * copies, extras)
-      steps.append(Step(inside, degree, ms))
+      run = functools.partial(executor, plan, params, rows * copies, extras)
+      steps.append((inside, degree, run))
   if not steps:
     raise UserError(
       f"no list of lengths fits on {devices} devices with room for {cap} tokens each; give shorter "
       "ones"
     )
   exchanges = [
-    time_exchange(executor.mesh, degree, mib, repeats=repeats)
+    (degree, *exchange(executor.mesh, degree, mib))
     for degree in degrees(devices)[1:]
     for mib in exchange_mib
   ]
-  return Measurements(tuple(steps), tuple(exchanges))
+  times = _fastest([run for *_, run in (*steps, *exchanges)], repeats)
+  return Measurements(
+    tuple(Step(inside, degree, next(times)) for inside, degree, _ in steps),
+    tuple(Exchange(degree, mib, next(times)) for degree, mib, _ in exchanges),
+  )
 
 
-def time_exchange(mesh: Mesh, degree: int, mib: float, *, repeats: int = 3) -> Exchange:
-  """One all-to-all of an array of ``mib`` on each device, in all groups of ``degree`` at once."""
+def exchange(mesh: Mesh, degree: int, mib: float) -> tuple[float, Callable]:
+  """An all-to-all of an array of ``mib`` on each device, in all groups of ``degree`` at once.
+
+  Returns:
+    The array's size in MiB, rounded to what divides, and the call to time.
+  """
   grid = np.array(mesh.devices.flat).reshape(-1, degree)
   groups = Mesh(grid, ("group", "seq"), axis_types=(AxisType.Auto,) * 2)
   width = max(1, round(mib * MIB / 4 / degree))
   spec = PartitionSpec(("group", "seq"))
   # [tokens of a shard, heads] -> [all tokens, heads of a device]
-  exchange = jax.shard_map(
-    lambda x: jax.lax.all_to_all(x, "seq", split_axis=1, concat_axis=0, tiled=True),
-    mesh=groups, in_specs=spec, out_specs=spec,
+  run = jax.jit(
+    jax.shard_map(
+      lambda x: jax.lax.all_to_all(x, "seq", split_axis=1, concat_axis=0, tiled=True),
+      mesh=groups, in_specs=spec, out_specs=spec,
+    )
   )  # fmt: skip
   x = jax.jit(
     lambda: jnp.zeros((grid.size * width, degree), jnp.float32),
     out_shardings=NamedSharding(groups, spec),
   )()
-  run = jax.jit(exchange)
-  return Exchange(degree, width * degree * 4 / MIB, _fastest(repeats, run, x))
+  return width * degree * 4 / MIB, functools.partial(run, x)
 
 
-def _fastest(repeats: int, run: Callable, *args: Any) -> float:
-  """Milliseconds of the fastest of ``repeats`` runs; one more before them warms up."""
-  jax.block_until_ready(run(*args))
-  best = float("inf")
-  for _ in range(repeats):
-    start = time.perf_counter()
-    jax.block_until_ready(run(*args))
-    best = min(best, 1e3 * (time.perf_counter() - start))
-  return best
+def _fastest(runs: Sequence[Callable], repeats: int) -> Iterator[float]:
+  """Milliseconds of the fastest of ``repeats`` runs of each.
+
+  They take turns, so that what else the machine does for a while does not fall on one of them
+  alone; a round before them compiles.
+  """
+  best = [float("inf")] * len(runs)
+  for turn in range(repeats + 1):
+    for index, run in enumerate(runs):
+      start = time.perf_counter()
+      jax.block_until_ready(run())
+      if turn:
+        best[index] = min(best[index], 1e3 * (time.perf_counter() - start))
+  return iter(best)
