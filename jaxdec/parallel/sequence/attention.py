@@ -92,7 +92,8 @@ def attention(
     return block_sparse_attention(q, k, v, segment_ids=segment_ids, **rule._asdict())
   ids = None
   if segment_ids is not None:
-    ids = jax.lax.all_gather(segment_ids.astype(jnp.int32), axis_name, axis=1)
+    ids = jax.lax.all_gather(segment_ids.astype(jnp.int32), axis_name, tiled=True)
+    ids = ids.reshape(ranks, *segment_ids.shape).swapaxes(0, 1)
     ids = checkpoint_name(ids, "sequence_state")
   common = {"ids": ids, "layout": layout, "rule": rule}
   if method == "allgather":
