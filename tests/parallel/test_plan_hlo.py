@@ -16,8 +16,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxdec.parallel import make_mesh
 from jaxdec.parallel.plan import hlo
-from jaxdec.parallel.plan.collectives import axes_of, collectives, origin, replica_groups
+from jaxdec.parallel.plan.collectives import collectives, origin
 from jaxdec.parallel.plan.costs import costs
+from jaxdec.parallel.plan.groups import axes_of, replica_groups
 from jaxdec.parallel.plan.memory import refused
 from jaxdec.parallel.plan.report import grouped
 

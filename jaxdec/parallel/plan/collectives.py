@@ -11,6 +11,9 @@ Bytes are those a device sends over its links in the bandwidth-optimal algorithm
   all-gather          (W-1)/W of the output      reduce-scatter   (W-1)/W of the input
   all-reduce          2 (W-1)/W of the input     all-to-all       (W-1)/W of the input
   collective-permute  the input
+
+A program for several slices has one partition for each device of a slice. What crosses slices is a
+``send`` to the runtime (and a ``recv``), of the kind that its attributes name.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from collections.abc import Sequence
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxdec.parallel.plan.groups import axes_of, by_slice, pairs, replica_groups
 from jaxdec.parallel.plan.hlo import Computation, Instruction, Module, Shape
 
 KINDS = (
@@ -73,7 +77,10 @@ def collectives(module: Module, mesh: Mesh) -> list[Collective]:
       continue
     for x in computation.instructions.values():
       kind = x.opcode.removesuffix("-start")
-      if kind in KINDS:
+      one = None
+      if x.opcode == "send" and _TRANSFER in x.attributes:
+        found.append(_between_slices(mesh, computation, x, count))
+      elif kind in KINDS:
         one = _one(module, mesh, computation, x, kind, count)
         if one is not None and one.group > 1:  # over an axis of one device nothing is sent
           found.append(one)
@@ -102,10 +109,12 @@ def _one(module, mesh, computation, x: Instruction, kind, count) -> Collective |
     # A generic start; "call-start" on the SparseCore, which moves data beside the TensorCore.
     asynchronous, overlapped = True, _work_before_done(*caller)
   if kind == "collective-permute":
-    groups, group = _pairs(x.attributes), 2
+    groups, group = pairs(x.attributes), 2
   else:
     groups = replica_groups(x.attributes, module.partitions)
     group = groups.shape[1]
+  if module.partitions < mesh.devices.size:
+    groups = by_slice(mesh)[0][groups]
   named = x.op_name or _nearby_name(*(caller or (computation, x)))
   phase, layer, op = origin(named)
   return Collective(
@@ -124,6 +133,34 @@ def _one(module, mesh, computation, x: Instruction, kind, count) -> Collective |
   )
 
 
+_TRANSFER = "_xla_megascale_transfer_type"
+
+
+def _between_slices(mesh: Mesh, computation: Computation, x: Instruction, count: int) -> Collective:
+  kind = re.search(_TRANSFER + r'="(\w+)"', x.attributes)[1].lower().replace("_", "-")
+  kind = "collective-permute" if kind == "one-to-one" else kind
+  key = re.search(r'_xla_host_transfer_rendezvous="[^"]*"', x.attributes)[0]
+  receives = [y for y in computation.of("recv") if key in y.attributes]
+  groups = by_slice(mesh).T
+  group = groups.shape[1]
+  given = x.shapes[:1]
+  phase, layer, op = origin(_nearby_name(computation, x))
+  return Collective(
+    kind=kind,
+    payload=receives[0].shapes[:1] if receives else given,
+    count=count,
+    group=group,
+    groups=groups,
+    axes=axes_of(groups, mesh),
+    bytes=wire_bytes(kind, group, given, receives[0].shapes[:1] if receives else given),
+    asynchronous=True,
+    overlapped=bool(receives) and _work_before_done(computation, receives[0]),
+    phase=phase,
+    layer=layer,
+    op=op,
+  )
+
+
 def wire_bytes(kind: str, group: int, operands: Sequence[Shape], result: Sequence[Shape]) -> int:
   """What one device sends; see the module's table."""
   given, out = (sum(s.bytes for s in x) for x in (operands, result))
@@ -134,86 +171,6 @@ def wire_bytes(kind: str, group: int, operands: Sequence[Shape], result: Sequenc
   if kind == "all-reduce":
     return 2 * given * (group - 1) // group
   return given * (group - 1) // group
-
-
-# -- groups and mesh axes --------------------------------------------------------------------------
-
-_IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_MESH = re.compile(
-  r"mesh\[([^\]]*)\](?:,\s*device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{([^}]*)\}"
-)
-
-
-def replica_groups(attributes: str, devices: int) -> np.ndarray:
-  """``[groups, W]`` device numbers, from any of the forms that XLA prints."""
-  start = attributes.find("replica_groups=")
-  text = attributes[start + len("replica_groups=") :] if start >= 0 else ""
-  if (m := _MESH.match(text)) is not None:
-    return _mesh_groups(*m.groups())
-  if (m := _IOTA.match(text)) is not None:
-    return _iota(m[2], m[3]).reshape(_ints(m[1]))
-  rows = re.match(r"\{((?:\{[\d,]*\},?)*)\}", text)
-  groups = [_ints(row) for row in re.findall(r"\{([\d,]*)\}", rows[1])] if rows else []
-  if not groups or not groups[0]:
-    return np.arange(devices)[None]  # empty: everyone
-  return np.array(groups)
-
-
-def _ints(text: str) -> tuple[int, ...]:
-  return tuple(int(x) for x in text.split(",") if x)
-
-
-def _iota(sizes: str, order: str | None) -> np.ndarray:
-  ids = np.arange(int(np.prod(_ints(sizes)))).reshape(_ints(sizes))
-  return ids if order is None else ids.transpose(_ints(order))
-
-
-def _mesh_groups(sizes: str, ids: str | None, order: str | None, over: str) -> np.ndarray:
-  """Groups along named axes, or parts ``'a':(before)size`` of axes, of the compiler's mesh."""
-  named = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", sizes)}
-  grid = np.arange(int(np.prod(list(named.values())))) if ids is None else _iota(ids, order)
-  wanted = [
-    (name, int(before) if before else 1, int(size) if size else named[name])
-    for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", over)
-  ]
-  split, inside, outside, shape = {}, [], [], []
-  for name, n in named.items():
-    parts = sorted((before, size) for axis, before, size in wanted if axis == name)
-    done = 1
-    for before, size in parts:
-      if before > done:
-        outside.append(len(shape))
-        shape.append(before // done)
-      split[name, before] = len(shape)
-      shape.append(size)
-      done = before * size
-    if done < n:
-      outside.append(len(shape))
-      shape.append(n // done)
-  inside = [split[name, before] for name, before, _ in wanted]
-  grid = grid.reshape(shape).transpose(outside + inside)
-  return grid.reshape(-1, int(np.prod([size for _, _, size in wanted])))
-
-
-def _pairs(attributes: str) -> np.ndarray:
-  text = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes)
-  rows = re.findall(r"\{(\d+),(\d+)\}", text[1]) if text else []
-  return np.array([(int(a), int(b)) for a, b in rows]).reshape(-1, 2)
-
-
-def axes_of(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
-  """The mesh axes along which devices of one group differ.
-
-  ``("?",)`` where a group isn't all devices along these axes (permutes: no device at all differs).
-  """
-  if not groups.size:
-    return ("?",)
-  places = np.stack(np.unravel_index(groups, mesh.devices.shape), axis=-1)
-  differ = (places != places[:, :1]).any(axis=(0, 1))
-  axes = tuple(name for name, varies in zip(mesh.axis_names, differ) if varies)
-  span = int(np.prod([mesh.shape[a] for a in axes])) if axes else 1
-  whole = groups.shape[1] in (span, 2)  # pairs are those of a permute, or of an axis of two
-  return axes if axes and whole else axes or ("?",)
 
 
 # -- asynchrony ----------------------------------------------------------------------------------

@@ -114,12 +114,7 @@ def collective_seconds(c: Collective, mesh: Mesh, topology: Topology) -> float:
   slices = {getattr(d, "slice_index", 0) for d in devices[0]}
   generation = topology.generation
   if len(slices) > 1:
-    # The part inside the slices is faster and is hidden behind the part between them.
-    share = (len(slices) - 1) / len(slices) * c.group / (c.group - 1)
-    crossing = c.bytes if c.kind == "collective-permute" else c.bytes * share
-    # Hierarchical: each device carries its own part of what its slice sends.
-    inside = c.group // len(slices)
-    return crossing / (inside if c.kind != "all-to-all" else 1) / generation.dcn
+    return c.bytes / generation.dcn  # the part inside the slices is a collective of its own
   if c.kind == "collective-permute":
     return c.bytes * _hops(devices, topology) / generation.link
   spans = _spans(devices[0], topology)
