@@ -8,7 +8,7 @@ for the exchange. Gradients of either call would cost a backward pass of the op 
 Both together are one over Hv columns: of the op from the state S that entered, for the gradient of
 the outputs and the gradient E of the state that leaves. It begins when E has arrived, and
 recomputes states meanwhile. So ``read`` hands S and the outputs' gradient to the backward pass of
-``summarise``, as cotangents of two arrays of zeros.
+``summarise``, as cotangents of arrays of zeros.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels import delta_rule
 from pallas_kernels.manual import vary, varying
@@ -46,10 +45,11 @@ class Arrays(NamedTuple):
 
 
 class Link(NamedTuple):
-  """Zeros ``[B,L,N,Hv]`` and ``[B,N,H,Hv]`` whose cotangents are the outputs' gradient and S."""
+  """Zeros, of which cotangents are made: the outputs' gradient, S, and how often S was added."""
 
-  out: jax.Array
-  state: jax.Array
+  out: jax.Array  # [B,L,N,Hv]
+  state: jax.Array  # [B,N,H,Hv]
+  times: jax.Array
 
 
 def _op(options: Options, x: Arrays, state: jax.Array):
@@ -80,18 +80,19 @@ def _summarise_forward(options: Options, x: Arrays):
   _, final = _with_map(options, x._replace(q=x.k))
   update, dense = jnp.split(final, [x.v.shape[-1]], axis=-1)
   shape = (*x.q.shape[:2], *update.shape[1::2])
-  link = Link(jnp.zeros(shape, update.dtype), jnp.zeros_like(update))
+  zeros = functools.partial(jnp.zeros, dtype=update.dtype)
+  link = Link(zeros(shape), zeros(update.shape), zeros(()))
   return (update, dense, vary(link, varying(update))), x
 
 
 def _summarise_backward(options: Options, x: Arrays, cotangents):
   leaving, _, link = cotangents  # the gradient of M is that of the op from S
-  static = x.segment_ids
+  state, static = link.state / jnp.maximum(link.times, 1), x.segment_ids
 
   def whole(x, state):
     return _op(options, x._replace(segment_ids=static), state)
 
-  (out, _), back = jax.vjp(whole, x._replace(segment_ids=None), link.state)
+  (out, _), back = jax.vjp(whole, x._replace(segment_ids=None), state)
   gradients, _ = back((link.out.astype(out.dtype), leaving))
   return (gradients,)
 
@@ -106,25 +107,35 @@ def outputs(options: Options, x: Arrays) -> tuple[jax.Array, jax.Array]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def read(product: Any, out, queries, state, final, link: Link) -> tuple[jax.Array, jax.Array]:
-  """``out + Q S``, and the final state as it is. ``product``: of queries and states."""
-  return out + product(queries, state), final
+def read(product: Any, out, queries, state, link: Link) -> jax.Array:
+  """``out + Q S``. ``product``: of queries and states."""
+  return out + product(queries, state)
 
 
-def _read_forward(product, *arguments):
-  out, queries, state, final, _ = jax.tree.map(
-    lambda x: x.value, arguments, is_leaf=lambda x: hasattr(x, "perturbed")
-  )
-  return (out + product(queries, state), final), (queries, state)
+def _read_forward(product, out, queries, state, link):
+  return out + product(queries, state), (queries, state)
 
 
-def _read_backward(product, saved, cotangents):
+def _read_backward(product, saved, d_out):
   queries, state = saved
-  d_out, d_final = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
-  d_state = None
-  if d_out is not None:
-    (d_state,) = jax.linear_transpose(lambda s: product(queries, s), state)(d_out)
-  return None, None, d_state, d_final, Link(d_out, state)
+  (d_state,) = jax.linear_transpose(lambda s: product(queries, s), state)(d_out)
+  return None, None, d_state, Link(d_out, state, _one(state))
 
 
-read.defvjp(_read_forward, _read_backward, symbolic_zeros=True)
+read.defvjp(_read_forward, _read_backward)
+
+
+@jax.custom_vjp
+def passed(final, state, link: Link) -> jax.Array:
+  """``final`` as it is: its gradient alone, without outputs', needs S too."""
+  return final
+
+
+passed.defvjp(
+  lambda final, state, link: (final, state),
+  lambda state, d_final: (d_final, None, Link(None, state, _one(state))),
+)
+
+
+def _one(like: jax.Array) -> jax.Array:
+  return vary(jnp.ones((), like.dtype), varying(like))

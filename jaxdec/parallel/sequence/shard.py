@@ -132,7 +132,8 @@ class Shard:
       return self.op()[0] + self.read(state), final
     out, queries = delta.outputs(self._options, self._delta)
     product = functools.partial(_read, operands=self._operands)
-    return delta.read(product, out, queries, state, final, link)
+    out = delta.read(product, out, queries, state, link)
+    return out, delta.passed(final, state, link)
 
   @property
   def _options(self) -> delta.Options:
