@@ -14,14 +14,21 @@ import numpy as np
 
 from jaxdec.drafting.base import Drafter
 from jaxdec.drafting.tree import chain
-from jaxdec.mixers import AttentionConfig, LinearAttentionConfig
+from jaxdec.mixers import AttentionConfig, GatedDeltaConfig, LinearAttentionConfig
 from jaxdec.models import Decoder, DecoderConfig, LayerConfig, MLPConfig
 from tests.decoding.trees import random_tree
 
 ATTENTION = AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8)
 WINDOW = dataclasses.replace(ATTENTION, window=5)
 LINEAR = LinearAttentionConfig(num_heads=2, head_dim=8)
-MIXERS = {"attention": (ATTENTION,), "linear": (LINEAR,), "hybrid": (LINEAR, WINDOW)}
+GLA = LinearAttentionConfig(num_heads=2, head_dim=8, decay="channel", gate_rank=4)
+DELTA = GatedDeltaConfig(num_heads=1, num_v_heads=2, head_dim=8)
+MIXERS = {
+  "attention": (ATTENTION,),
+  "linear": (LINEAR,),
+  "hybrid": (LINEAR, WINDOW),
+  "recurrent": (GLA, DELTA, WINDOW),
+}
 
 
 @functools.cache

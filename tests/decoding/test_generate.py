@@ -15,7 +15,7 @@ from jaxdec.decoding.verify import Match
 from jaxdec.models import Decoder
 from jaxdec.models.prefill import read_prompt
 from tests.decoding.chi_square import chi_square_p
-from tests.decoding.targets import MIXERS, Letters, Scripted, script, target
+from tests.decoding.targets import Letters, Scripted, script, target
 
 PROMPTS = [[1, 2, 3, 4, 1, 2, 3], [5], [7, 8, 9, 10] * 5]  # ragged, one of length 1
 GREEDY, PLAIN = Sampler(), Sampler(temperature=1.0)
@@ -31,7 +31,13 @@ def run(kind="attention", prompts=PROMPTS, **options):
 
 @pytest.mark.parametrize(
   "kind, sampler",
-  [("attention", GREEDY), ("attention", PLAIN), ("linear", PLAIN), ("hybrid", GREEDY)],
+  [
+    ("attention", GREEDY),
+    ("attention", PLAIN),
+    ("linear", PLAIN),
+    ("hybrid", GREEDY),
+    pytest.param("recurrent", PLAIN, marks=pytest.mark.slow),
+  ],
 )
 def test_speculation_equals_plain_decoding_token_for_token(kind, sampler):
   plain = run(kind, sampler=sampler)
@@ -97,7 +103,10 @@ def test_rows_do_not_see_their_neighbours():
   assert run(sampler=PLAIN, seed=[4, 5, 7]).tokens[2] != together.tokens[2]
 
 
-@pytest.mark.parametrize("kind", MIXERS)
+@pytest.mark.parametrize(
+  "kind",
+  ["attention", "linear", "hybrid", pytest.param("recurrent", marks=pytest.mark.slow)],
+)
 def test_state_equals_a_fresh_prefill_after_every_step(kind):
   model, params = target(kind)
   plain = run(kind, sampler=PLAIN)
