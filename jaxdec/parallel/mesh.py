@@ -81,16 +81,17 @@ def make_mesh(
   devices = devices[:total]
   slices = _slices(devices)
   _check_slices(dict(zip(AXES, sizes)), dcn_data, dcn_fsdp, slices)
-  if slices > 1:
-    dcn = [dcn_data, dcn_fsdp, 1, 1]
-    ici = [size // ways for size, ways in zip(sizes, dcn)]
-    grid = mesh_utils.create_hybrid_device_mesh(ici, dcn, devices)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  ways = [dcn_data, dcn_fsdp, 1, 1]
   if total == 1:
-    grid = np.array(devices[:1]).reshape(sizes)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-  # make_mesh orders the devices so that neighbours in the last axes are neighbours on the wire.
-  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    grid = np.array(devices).reshape(sizes)
+  elif slices > 1:
+    ici = [size // between for size, between in zip(sizes, ways)]
+    grid = mesh_utils.create_hybrid_device_mesh(ici, ways, devices, allow_split_physical_axes=True)
+  else:
+    # Neighbours in the last axes become neighbours on the wire. An axis may take a part of a torus
+    # dimension: fsdp=16, seq=4 on 8 x 8 chips.
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+  return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _slices(devices: Sequence[jax.Device]) -> int:
