@@ -4,7 +4,8 @@
 Per device, with L = T/W tokens and K key/value heads of width H, along the axis of the sequence:
 forward one all-gather of [K|V], ``2 B T K H (W-1)/W`` elements received; backward one
 reduce-scatter of [dK|dV] of the same size (the transpose of the all-gather; it sums in the dtype of
-K). Heads are not replicated for grouped queries. Keys and values of the whole sequence lie on every device meanwhile.
+K). Heads are not replicated for grouped queries. Keys and values of the whole sequence lie on every
+device meanwhile.
 """
 
 from __future__ import annotations
