@@ -103,14 +103,17 @@ def table(rows: list[dict]) -> Table:
       launches = row["forward_collectives"] + row["backward_collectives"]
       text = f"{row['bytes'] / 2**20:,.2f} ({launches})"
     cells.setdefault((row["W"], row["T"]), {})[row["method"]] = text
-  lines = [{"W": w, "T": f"{t // 1024:,}K", **values} for (w, t), values in sorted(cells.items())]
+  lines = [
+    {"W": w, "T": f"{t // 1024:,}K", **dict.fromkeys(METHODS, "…"), **values}
+    for (w, t), values in sorted(cells.items())
+  ]
   columns = [Column("W"), Column("T"), *(Column(name) for name in METHODS)]
   return Table(
     columns, lines, title="MiB that a device sends for one layer, forward and backward (launches)",
     notes=(
       f"One row of T tokens over W v5p chips; {HEADS} heads of {WIDTH}; softmax layers have "
       f"{KV_HEADS} K/V heads in bfloat16, linear layers exchange float32 states.",
-      "–: Ulysses deals whole heads, so W can be at most their number.",
+      "–: Ulysses deals whole heads, so W can be at most their number. …: not measured.",
     ),
   )  # fmt: skip
 

@@ -66,7 +66,7 @@ def memory_table(plan: Any) -> Table:
 
 
 def _short(text: str) -> str:
-  return text if len(text) < 40 else f"...{text[-37:]}"
+  return text if len(text) < 22 else f"…{text[-20:]}"
 
 
 def collectives_table(plan: Any, rows: int | None = None) -> Table:
@@ -79,14 +79,14 @@ def collectives_table(plan: Any, rows: int | None = None) -> Table:
   ]  # fmt: skip
   columns = (
     Column("kind", "collective", align="left", terminal="collective"),
-    Column("count", "runs"),
-    Column("bytes", "sent each", terminal="sent each"),
+    Column("count", "runs", terminal="runs"),
+    Column("bytes", "sent each", terminal=""),
     Column("total", "sent in all", terminal="in all"),
-    Column("axes", "axis", align="left"),
-    Column("devices", "W"),
+    Column("axes", "axis", align="left", terminal="axis"),
+    Column("devices", "W", terminal="W"),
     Column("async", "async", align="left", terminal="async"),
     Column("phase", "pass", align="left", terminal="pass"),
-    Column("layer", "layer", align="left", shorten=_short),
+    Column("layer", "layer", align="left", shorten=_short, terminal="layer"),
     Column("payload", "payload", align="left", terminal=""),
   )
   notes = []
