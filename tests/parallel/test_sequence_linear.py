@@ -102,9 +102,12 @@ def test_strong_decays(kind, decay):
 @pytest.mark.slow
 @pytest.mark.parametrize("slices", [2, 3, 6])
 def test_slices_of_a_chain(slices):
-  layer = many_devices(8, check_vma=slices == 3, exchange="chain", slices=slices)
-  zigzag = many_devices(4, check_vma=slices == 2, exchange="chain", slices=slices, layout="zigzag")
-  compare("gated delta", True, 4, {"contiguous": layer, "zigzag": zigzag})
+  options = dict(exchange="chain", slices=slices)
+  layers = {
+    layout: many_devices(4, check_vma=layout == "zigzag", layout=layout, **options)
+    for layout in ("contiguous", "zigzag")
+  }
+  compare("gated delta", True, 4, layers)
 
 
 @pytest.mark.slow
