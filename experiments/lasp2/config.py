@@ -124,4 +124,5 @@ def one_billion(kind: str, hybrid: bool, *, long: bool) -> Recipe:
     tokenizer="runs/llama3",
     sequence=SequenceConfig(),
     remat="full",
+    loss_chunk=2048,
   )

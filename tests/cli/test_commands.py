@@ -77,7 +77,7 @@ def test_names_are_the_registrys():
 
   assert tuple(KINDS) == TRAINED
   assert set(names()) - set(KINDS) == {"none", "draft_model", *UNTRAINED}
-  assert MESH_AXES == (*AXES, "dcn_data", "dcn_fsdp")
+  assert (*AXES, "dcn_data", "dcn_fsdp") == MESH_AXES
 
 
 def test_generate_is_the_same_with_any_drafter(model, run, capsys):
