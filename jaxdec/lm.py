@@ -205,6 +205,7 @@ def load(
     )
   from jaxdec.io.huggingface import load_checkpoint, parse_dtype
   from jaxdec.models import Decoder
+  from jaxdec.parallel.sequence import SequenceConfig
 
   config, params = load_checkpoint(opened, dtype, mesh)
   if tokenizer is not None:
@@ -212,7 +213,9 @@ def load(
     eos_ids = tokenizer.eos_ids or config.eos_ids
     config = dataclasses.replace(config, bos_id=tokenizer.bos_id, eos_ids=eos_ids)
   compute = parse_dtype(dtype) or params["final_norm"]["scale"].dtype
-  return LM(Decoder(config, dtype=compute), params, tokenizer)
+  # On several devices layers run in shard_map: XLA can partition no Pallas kernel.
+  sequence = SequenceConfig() if mesh is not None and mesh.size > 1 else None
+  return LM(Decoder(config, dtype=compute, sequence=sequence), params, tokenizer)
 
 
 def save(lm: LM, folder: str | os.PathLike, **options: Any) -> Path:
