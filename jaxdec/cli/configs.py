@@ -124,7 +124,8 @@ class Train:
   config: tyro.conf.Positional[str]
   """Python file with get_config(), such as experiments/lasp2/config.py, or file.py:preset."""
   work_dir: str | None = None
-  """Folder of the run, by default the configuration's; one that holds this run is resumed."""
+  """Folder of the run, by default the configuration's or a new one below runs/; one that holds this
+  run is resumed."""
   steps: int | None = None
   """Optimizer steps, instead of the configuration's."""
   mesh: str | None = None

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from jaxdec.cli import configs
 from jaxdec.cli.checks import mesh_axes
+from jaxdec.cli.distilling import free_folder
+from jaxdec.errors import UserError
 
 
 def run(config: configs.Train) -> int:
@@ -19,8 +22,25 @@ def run(config: configs.Train) -> int:
 
   initialize(DistributedConfig(config.coordinator, config.num_processes, config.process_id))
   with fail_fast():
-    result = recipe(config).make_trainer().train()
+    result = _in_a_folder(recipe(config), config.config).make_trainer().train()
   return 130 if result.interrupted else 0
+
+
+def _in_a_folder(found: Any, source: str) -> Any:
+  """The recipe with a folder of its own below ``runs``, where neither file nor option names one."""
+  if found.trainer.work_dir is not None:
+    return found
+  import jax
+
+  if jax.process_count() > 1:
+    raise UserError(
+      "a run on several processes needs --work-dir, a folder that all of them see; none was given"
+    )
+  file, _, preset = source.partition(":")
+  folder = free_folder("runs", preset or Path(file).resolve().parent.name)
+  print(f"run folder: {folder}", flush=True)
+  trainer = dataclasses.replace(found.trainer, work_dir=str(folder))
+  return dataclasses.replace(found, trainer=trainer)
 
 
 def recipe(config: configs.Train) -> Any:

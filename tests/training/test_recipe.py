@@ -86,3 +86,18 @@ def test_a_recipe_trains_and_its_batch_is_what_the_data_gives(tmp_path):
   }
   result = recipe.make_trainer().train()
   assert result.step == 2 and np.isfinite(result.metrics["loss"])
+
+
+def test_the_command_line_gives_a_run_a_folder_of_its_own(tmp_path, monkeypatch, capsys):
+  from jaxdec.cli import main
+
+  data = tmp_path / "texts"
+  data.mkdir()
+  for i in range(40):
+    (data / f"{i}.txt").write_text(f"number {i} and some words about it\n" * 3, encoding="utf-8")
+  path = file(tmp_path, GOOD.replace("DATA", str(data)))
+  monkeypatch.chdir(tmp_path)
+  for number in (1, 2):
+    assert main(["train", f"{path}:small", "--steps", "1"]) == 0
+    assert f"run folder: runs/small-00{number}" in capsys.readouterr().out
+    assert (tmp_path / f"runs/small-00{number}/metrics.jsonl").is_file()
