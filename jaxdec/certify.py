@@ -8,7 +8,7 @@ Four parts, each with its own verdict:
 * *distribution*: many independent speculative generations of one prompt against the target's exact
   next-token laws, by chi-square. Given the context, the counts of next tokens are multinomial
   with the law of that context, so the statistics of all contexts add up, degrees of freedom too;
-  cells whose expected count is below 5 are merged (decoding card 1.5);
+  cells whose expected count is below 5 are merged;
 * *negative control*: the same draws against the law of another temperature. A test that passes
   this too has no power, and the certificate says so instead of "lossless";
 * *gaps*: every emitted token is teacher-forced through the plain path, and its score (logit, or

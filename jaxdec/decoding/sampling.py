@@ -4,7 +4,7 @@
   logits -> / temperature -> top-k -> top-p -> min-p -> log-softmax,   all in float32.
 
 Noise is counter-based: the token at absolute position t of a request is
-``argmax(log p + Gumbel(k_t))`` with ``k_t = fold_in(request key, t)`` (decoding card 1.2). What is
+``argmax(log p + Gumbel(k_t))`` with ``k_t = fold_in(request key, t)``. What is
 drawn at t then depends on the law and the key only, so any drafter gives the tokens of plain
 decoding.
 """

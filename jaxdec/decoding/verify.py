@@ -3,7 +3,7 @@
 
 * ``match`` (default, lossless): one target draw per position, keyed by (request, position); a draft
   is accepted iff it equals the draw. Output equals plain decoding token for token, for any drafter
-  and any tree (decoding card 1.2, 1.3).
+  and any tree.
 * ``ratio`` (lossless in law): speculative sampling of chains drawn from a known law q (Leviathan et
   al., arXiv 2211.17192; Chen et al., arXiv 2302.01318).
 * ``typical_lossy`` (NOT lossless): Medusa's typical acceptance (arXiv 2401.10774, section 2.3.2).
@@ -250,7 +250,7 @@ def match_whole_tree(
 ) -> Verdict:
   """``Match`` without a loop, drawing at every node: the specification the tests hold it to.
 
-  One noise row per depth, shared by the nodes of equal depth (decoding card 1.3).
+  One noise row per depth, shared by the nodes of equal depth.
   """
   drawn = sampler.draw(logits, keys, length[:, None] + tree.depth + 1)
   hit = tree.valid & (tree.tokens == jnp.take_along_axis(drawn, tree.parent, axis=1))

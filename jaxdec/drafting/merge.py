@@ -17,7 +17,7 @@ def merge_paths(
   weight: Float[Array, "B R"],
   num_nodes: int,
 ) -> Tree:
-  """Merges R candidate continuations of the root (decoding card 2).
+  """Merges R candidate continuations of the root.
 
   Node (r, j) stands for the first j + 1 tokens of path r; equal prefixes belong to the first path
   that has them, and weigh the sum of their paths' weights. The ``num_nodes - 1`` heaviest are kept

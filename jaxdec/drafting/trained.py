@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What trained drafters share: teacher-forced training, label masks, metrics, tree growing.
 
-Indices (draft-head card 0.2). With target states ``h_t`` (having read ``x_0..x_t``) the root is
+Indices. With target states ``h_t`` (having read ``x_0..x_t``) the root is
 ``x_{t+1}``, and the draft of depth k = 1..K at slot t
 
 * guesses the token ``x_{t+1+k}``, so its hard label is ``tokens[t + 1 + k]``,

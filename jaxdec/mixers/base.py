@@ -72,7 +72,7 @@ class Mixer(Protocol):
 def ancestors_from_parents(parent: Int[Array, "B M"], max_depth: int) -> Bool[Array, "B M M"]:
   """Ancestor-or-self matrix of trees given by parent pointers (``parent[0] = 0``, parent < child).
 
-  Squares the one-step relation ``ceil(log2(max_depth))`` times (decoding card 1.3).
+  Squares the one-step relation ``ceil(log2(max_depth))`` times.
   """
   m = parent.shape[-1]
   step = jax.nn.one_hot(parent, m, dtype=jnp.float32) + jnp.eye(m, dtype=jnp.float32)
