@@ -50,7 +50,7 @@ def measure(name: str) -> dict:
   return {
     "case": name, **mesh, **case, "count": found.parameters, **m.parts,
     "temporaries": m.temporaries, "needed": m.peak, "limit": m.limit, "fits": m.fits,
-    "refusal": m.refusal, "plan_seconds": found.seconds,
+    "refusal": m.refusal,
   }  # fmt: skip
 
 
