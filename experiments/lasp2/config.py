@@ -9,7 +9,7 @@ A preset is SIZE-KIND or SIZE-KIND-hybrid, after the convergence study of LASP-2
 tables 2 and 3). README.md beside this file says what to expect.
 
 SIZE:
-  tiny  0.9M to 1.0M parameters on the standard library's sources: minutes on a CPU.
+  tiny  1.2M to 1.4M parameters on the standard library's sources: minutes on a CPU.
   1b    16 layers of width 2048, 16 heads, rows of 16K tokens, 8 devices.
   2m    the same model on rows of 2,097,152 tokens, 256 devices.
 """

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +12,6 @@ from jaxdec.errors import UserError
 from jaxdec.mixers import AttentionConfig, LinearAttentionConfig, RopeConfig
 from jaxdec.models import Decoder, DecoderConfig
 from jaxdec.models.config import LayerConfig, MLPConfig
-from jaxdec.parallel import make_mesh
 from jaxdec.parallel.sequence import SequenceConfig
 from jaxdec.training import LanguageModel, MeshConfig, Trainer, read_metrics
 from tests.training import tiny
@@ -136,5 +133,3 @@ def test_without_a_mesh_nothing_changes():
     for x in (plain, split)
   ]
   assert texts[0] == texts[1]
-  with jax.set_mesh(make_mesh()):
-    assert dataclasses.replace(split, z_loss=0.0).model.sequence.layout == "contiguous"

@@ -64,10 +64,3 @@ class Plan:
     if self.runs == 2:
       blocks = jnp.concatenate([blocks, jnp.flip(gathered[:, 1], 0)])
     return jnp.flip(blocks, 0) if self.reverse else blocks
-
-  def by_rank(self, blocks: jax.Array) -> jax.Array:
-    """The inverse of ``in_order``."""
-    blocks = jnp.flip(blocks, 0) if self.reverse else blocks
-    if self.runs == 1:
-      return blocks[:, None]
-    return jnp.stack([blocks[: self.ranks], jnp.flip(blocks[self.ranks :], 0)], axis=1)
