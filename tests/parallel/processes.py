@@ -100,7 +100,7 @@ def corpus():
 
 
 class Watched:
-  """A data iterator that notes the rows it gives, and acts at a step."""
+  """A data iterator that notes the rows it gives, acts at a step, and is slow from there on."""
 
   def __init__(self, data, rows, note: pathlib.Path, at=None, act=None, pause=0.0):
     self.data, self.rows, self.note, self.at, self.act = data, rows, note, at, act
@@ -111,9 +111,10 @@ class Watched:
 
   def __next__(self):
     self.step += 1
-    if self.step == self.at:
-      self.act()
-    time.sleep(self.pause)
+    if self.at is not None and self.step >= self.at:
+      if self.step == self.at:
+        self.act()
+      time.sleep(self.pause)
     batch = next(self.data)
     seen = {
       int(row): hashlib.sha256(b"".join(v[i].tobytes() for v in batch.values())).hexdigest()
@@ -200,9 +201,8 @@ def main():
   assert initialize() == initialize() == "explicit"  # the second call changes nothing
   import jax
 
-  options["act"] = lambda: os.kill(os.getpid(), getattr(signal, name))
-  if victim != jax.process_index():
-    options["at"] = None
+  is_victim = victim == jax.process_index()
+  options["act"] = lambda: is_victim and os.kill(os.getpid(), getattr(signal, name))
   with fail_fast():
     result = train(options.pop("folder"), **options)
     print("end", result.step, "interrupted" if result.interrupted else "finished", flush=True)
