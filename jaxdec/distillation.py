@@ -15,7 +15,7 @@ from typing import Any
 
 from jaxdec.data import Corpus, Share, make_dataset, open_source, tokenize_documents
 from jaxdec.drafting.base import Params
-from jaxdec.drafting.checkpoint import KINDS
+from jaxdec.drafting.kinds import KINDS
 from jaxdec.drafting.trained import TrainedDrafter
 from jaxdec.errors import UserError, nearest
 from jaxdec.parallel import batch_share, make_mesh

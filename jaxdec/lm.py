@@ -136,7 +136,8 @@ class LM:
       UserError: unknown name, a folder that holds no drafter, or a drafter for another target.
     """
     from jaxdec.drafting import DraftModel, Target, get
-    from jaxdec.drafting.checkpoint import CONFIG_FILE, KINDS, load_drafter
+    from jaxdec.drafting.checkpoint import CONFIG_FILE, load_drafter
+    from jaxdec.drafting.kinds import KINDS
 
     if isinstance(spec, LM):
       return DraftModel(model=spec.model), spec.params

@@ -20,7 +20,7 @@ import numpy as np
 import jaxdec
 from experiments.bench import run as bench
 from jaxdec.distillation import Corpora, DistillConfig, distill, load_corpora
-from jaxdec.drafting.eagle3 import DraftVocabulary
+from jaxdec.drafting.vocabulary import DraftVocabulary
 from jaxdec.training import OptimizerConfig, TrainerConfig
 
 DRAFT_VOCABULARY = 2048

@@ -167,7 +167,7 @@ def plain_step(c: Carry, params, draft_params, request, model, drafter, sampler,
 def draft_step(c: Carry, params, draft_params, request, model, drafter, sampler, rule) -> Carry:
   """propose -> verify -> decide -> cut -> commit -> observe."""
   context, tree, draft = propose(c, params, draft_params, request, model, drafter, sampler)
-  out = verify_pass(c, params, tree, model, drafter)
+  out = drafter.verify(draft_params, tree, context)
   verdict = rule(tree, out.logits, sampler, request.keys, c.length)
   return settle(
     c, params, draft_params, request, model, drafter, context, tree, draft, out, verdict
@@ -193,18 +193,6 @@ def propose(c, params, draft_params, request, model, drafter, sampler):
   rng = jax.random.fold_in(jax.random.fold_in(request.keys[0], jnp.uint32(DRAFT)), c.steps)
   tree, draft = drafter.propose(draft_params, c.draft, context, rng)
   return context, tree, draft
-
-
-def verify_pass(c, params, tree, model, drafter):
-  """The target's turn: logits at every node, the state untouched."""
-  return model.apply(
-    {"params": params},
-    tree.tokens,
-    c.state,
-    tree.topology,
-    method="verify",
-    capture=drafter.capture,
-  )
 
 
 def settle(

@@ -19,8 +19,9 @@ def _draft(carry, params, draft_params, request, *, model, drafter, sampler):
   return tree, draft
 
 
-def _verify(carry, tree, params, request, *, model, drafter, sampler, rule):
-  out = loop.verify_pass(carry, params, tree, model, drafter)
+def _verify(carry, tree, params, draft_params, request, *, model, drafter, sampler, rule):
+  context = loop.make_context(carry, params, request, model, sampler)
+  out = drafter.verify(draft_params, tree, context)
   verdict = rule(tree, out.logits, sampler, request.keys, carry.length)
   state = model.apply(
     {"params": params}, carry.state, out.pending, verdict.path, verdict.count, method="commit"
@@ -50,7 +51,9 @@ def shares(
     t0 = time.perf_counter()
     jax.block_until_ready(_draft_executable(carry, params, draft_params, request, **static))
     t1 = time.perf_counter()
-    jax.block_until_ready(_verify_executable(carry, tree, params, request, **static, rule=rule))
+    jax.block_until_ready(
+      _verify_executable(carry, tree, params, draft_params, request, **static, rule=rule)
+    )
     t2 = time.perf_counter()
     draft_times.append(t1 - t0)
     verify_times.append(t2 - t1)

@@ -4,10 +4,12 @@
 from jaxdec.drafting.base import Accepted, Context, Drafter, Prompt, Target, TargetOutput
 from jaxdec.drafting.draft_model import DraftModel
 from jaxdec.drafting.dynamic_tree import DynamicTree
-from jaxdec.drafting.eagle3 import DraftVocabulary, Eagle3
+from jaxdec.drafting.eagle3 import Eagle3
 from jaxdec.drafting.hydra import Hydra, HydraPlusPlus
+from jaxdec.drafting.kinds import KINDS
 from jaxdec.drafting.medusa import Medusa
 from jaxdec.drafting.merge import merge_paths
+from jaxdec.drafting.objectives import Term
 from jaxdec.drafting.prompt_lookup import PromptLookup
 from jaxdec.drafting.registry import get, names, register
 from jaxdec.drafting.selection import argmax, top_k
@@ -15,15 +17,17 @@ from jaxdec.drafting.static_tree import StaticTree, expected_tokens, greedy_tree
 from jaxdec.drafting.token_recycling import TokenRecycling
 from jaxdec.drafting.trained import TrainedDrafter
 from jaxdec.drafting.tree import Tree, chain
+from jaxdec.drafting.vocabulary import DraftVocabulary
 
 register("none", lambda: None)
 register("draft_model", DraftModel)
 register("prompt_lookup", PromptLookup)
 register("token_recycling", TokenRecycling)
-for _kind in (Medusa, Hydra, HydraPlusPlus, Eagle3):
+for _kind in KINDS.values():
   register(_kind.name, _kind.from_name)
 
 __all__ = [
+  "KINDS",
   "Accepted",
   "Context",
   "DraftModel",
@@ -39,6 +43,7 @@ __all__ = [
   "StaticTree",
   "Target",
   "TargetOutput",
+  "Term",
   "TokenRecycling",
   "TrainedDrafter",
   "Tree",

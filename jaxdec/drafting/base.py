@@ -20,6 +20,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdec.drafting.tree import Tree
+from jaxdec.models.config import Capture
 
 Params = Any
 DraftState = Any
@@ -40,7 +41,7 @@ class TargetOutput:
 
   Attributes:
     hidden: post-final-norm hidden states, the input of the LM head.
-    features: residual stream at the inputs of the layers ``drafter.capture``, one array each.
+    features: what ``drafter.capture`` asked for, one array each.
     logits: next-token logits; None for the prompt (only its last row is computed).
   """
 
@@ -103,7 +104,8 @@ class Drafter:
     name: registry name.
     num_nodes: M, nodes per verify pass, root included (static).
     max_depth: D, deepest node (static).
-    capture: layer inputs the target must record for ``start``/``observe`` (static).
+    capture: layer inputs the target must record for ``start``/``observe`` (static); a plain tuple,
+      or ``jaxdec.models.Capture`` where they should be normed.
     needs_prompt_hidden: ask prefill for hidden states/features of the whole prompt.
     trained: True when ``init_params`` returns parameters that must be trained.
     may_pass: the drafter sometimes has nothing to propose, and ``has_draft`` says when: such steps
@@ -125,7 +127,7 @@ class Drafter:
     return self.num_nodes - 1
 
   @property
-  def capture(self) -> tuple[int, ...]:
+  def capture(self) -> Capture | tuple[int, ...]:
     return ()
 
   def init_params(self, rng: jax.Array, target: Target | None = None) -> Params:
@@ -150,6 +152,23 @@ class Drafter:
   ) -> tuple[Tree, DraftState]:
     """One tree per row, ``context.root`` at node 0."""
     raise NotImplementedError
+
+  def verify(self, params: Params, tree: Tree, context: Context) -> Any:
+    """The target's pass over the tree: a ``DecoderOutput`` whose rows are nodes, state untouched.
+
+    Drafters that ride in this pass override it, to put learned embeddings or states at probe nodes.
+    Logits, and pending states, of all other nodes must stay what they are without the drafter: that
+    alone is what makes its output the target's.
+    """
+    target = context.target
+    return target.model.apply(
+      {"params": target.params},
+      tree.tokens,
+      target.state,
+      tree.topology,
+      method="verify",
+      capture=self.capture,
+    )
 
   def observe(
     self,

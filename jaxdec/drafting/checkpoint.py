@@ -19,15 +19,14 @@ import numpy as np
 
 from jaxdec.drafting.base import Params, Target
 from jaxdec.drafting.dynamic_tree import DynamicTree
-from jaxdec.drafting.eagle3 import DraftVocabulary, Eagle3
-from jaxdec.drafting.hydra import Hydra, HydraPlusPlus
-from jaxdec.drafting.medusa import Medusa
+from jaxdec.drafting.kinds import KINDS
+from jaxdec.drafting.objectives import Term
 from jaxdec.drafting.static_tree import StaticTree
 from jaxdec.drafting.trained import TrainedDrafter
+from jaxdec.drafting.vocabulary import DraftVocabulary
 from jaxdec.errors import UserError, nearest
 from jaxdec.mixers import AttentionConfig, RopeConfig
 
-KINDS = {cls.name: cls for cls in (Medusa, Hydra, HydraPlusPlus, Eagle3)}
 CONFIG_FILE, WEIGHTS_FILE = "drafter.json", "drafter.safetensors"
 _SAMPLES = 256  # entries per tensor that enter the fingerprint
 
@@ -69,7 +68,7 @@ def to_config(drafter: TrainedDrafter) -> dict[str, Any]:
       return {"ids": x.ids.tolist(), "vocab_size": x.vocab_size}
     if dataclasses.is_dataclass(x):
       return {f.name: value(getattr(x, f.name)) for f in dataclasses.fields(x)}
-    return list(x) if isinstance(x, tuple) else x
+    return [value(y) for y in x] if isinstance(x, tuple) else x
 
   return {"kind": drafter.name, **value(drafter)}
 
@@ -99,6 +98,8 @@ def from_config(config: Mapping[str, Any]) -> TrainedDrafter:
       return AttentionConfig(**{**x, "rope": None if rope is None else RopeConfig(**rope)})
     if name == "vocabulary" and x is not None:
       return DraftVocabulary(x["ids"], x["vocab_size"])
+    if name == "objective" and isinstance(x, list):
+      return tuple(Term(**term) for term in x)
     return tuple(x) if isinstance(x, list) else x
 
   return KINDS[kind](**{k: value(k, v) for k, v in config.items()})

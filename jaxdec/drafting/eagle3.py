@@ -20,70 +20,25 @@ features.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
 from jaxdec.drafting.base import Context, Params, Target
 from jaxdec.drafting.dynamic_tree import take_nodes
 from jaxdec.drafting.hydra import draft_attention
+from jaxdec.drafting.objectives import Objective
 from jaxdec.drafting.trained import TrainedDrafter, embed, soft_cap
-from jaxdec.errors import UserError
 from jaxdec.mixers import Attention, AttentionConfig, NormConfig
 from jaxdec.mixers.attention import attention_logits, attention_values, heads_first, visible
 from jaxdec.mixers.base import gather_nodes
 from jaxdec.mixers.norms import Dense, RMSNorm
 from jaxdec.models.config import DecoderConfig, MLPConfig
 from jaxdec.models.decoder import MLP
-
-
-class DraftVocabulary:
-  """A subset of the target's tokens the drafter may guess; hashable, so that it can be static.
-
-  Interchange form (EAGLE-3 checkpoints): ids ascend, ``d2t[i] = ids[i] - i`` is an offset,
-  ``t2d`` marks the kept tokens.
-  """
-
-  def __init__(self, ids, vocab_size: int):
-    self.ids = np.unique(np.asarray(ids, np.int32))
-    self.vocab_size = vocab_size
-    if not len(self.ids) or self.ids[0] < 0 or self.ids[-1] >= vocab_size:
-      raise UserError(f"draft vocabulary ids must lie in 0..{vocab_size - 1} and not be empty")
-    self._hash = hash((self.ids.tobytes(), vocab_size))
-
-  @classmethod
-  def most_frequent(cls, counts, size: int) -> DraftVocabulary:
-    """The ``size`` tokens of the largest ``counts [V]`` (of the labels of the training set)."""
-    counts = np.asarray(counts)
-    return cls(np.argsort(-counts, kind="stable")[:size], len(counts))
-
-  @property
-  def d2t(self) -> np.ndarray:
-    return self.ids - np.arange(len(self.ids), dtype=np.int32)
-
-  @property
-  def t2d(self) -> np.ndarray:
-    mask = np.zeros(self.vocab_size, bool)
-    mask[self.ids] = True
-    return mask
-
-  def __hash__(self):
-    return self._hash
-
-  def __eq__(self, other):
-    return (
-      isinstance(other, DraftVocabulary)
-      and self.vocab_size == other.vocab_size
-      and (np.array_equal(self.ids, other.ids))
-    )
-
-  def __repr__(self):
-    return f"DraftVocabulary({len(self.ids)} of {self.vocab_size})"
 
 
 class EagleLayer(nn.Module):
@@ -207,8 +162,6 @@ class Eagle3(TrainedDrafter):
     capture_layers: the three layer inputs read (0-based; L: the stream before the final norm).
     attention, hidden_dim, eps: shape of the draft layer.
     num_heads: K, steps of the training rollout; at inference any depth works.
-    vocabulary: optional draft vocabulary. A slot whose most likely target token lies outside it is
-      not trained on; such tokens are never drafted (the output doesn't change).
   """
 
   name: ClassVar[str] = "eagle3"
@@ -220,9 +173,8 @@ class Eagle3(TrainedDrafter):
   hidden_dim: int
   eps: float = 1e-6
   num_heads: int = 5
-  objective: Literal["hard", "soft"] = "soft"
+  objective: Objective = "soft"
   depth_decay: float = 0.8
-  vocabulary: DraftVocabulary | None = None
 
   @classmethod
   def for_target(cls, config: DecoderConfig, **options) -> Eagle3:
@@ -231,14 +183,6 @@ class Eagle3(TrainedDrafter):
     options.setdefault("hidden_dim", config.layers[0].mlp.hidden_dim)
     options.setdefault("eps", config.norm.eps)
     return super().for_target(config, **options)
-
-  def __post_init__(self):
-    super().__post_init__()
-    if self.vocabulary is not None and self.vocabulary.vocab_size != self.vocab_size:
-      raise UserError(
-        f"the draft vocabulary is a subset of {self.vocabulary.vocab_size} tokens, but "
-        f"the target has {self.vocab_size}"
-      )
 
   @property
   def capture(self) -> tuple[int, ...]:
@@ -249,14 +193,14 @@ class Eagle3(TrainedDrafter):
     return 1 << 10  # recurrent: no trained limit
 
   @property
-  def draft_ids(self):
-    return None if self.vocabulary is None else jnp.asarray(self.vocabulary.ids)
-
-  @property
   def layer(self) -> EagleLayer:
-    size = self.vocab_size if self.vocabulary is None else len(self.vocabulary.ids)
     return EagleLayer(
-      self.attention, self.dim, self.hidden_dim, size, NormConfig(self.eps), jnp.dtype(self.dtype)
+      self.attention,
+      self.dim,
+      self.hidden_dim,
+      self.draft_size,
+      NormConfig(self.eps),
+      jnp.dtype(self.dtype),
     )
 
   def init_boxed(self, rng: jax.Array, target: Target) -> Params:
@@ -286,18 +230,6 @@ class Eagle3(TrainedDrafter):
       method="rollout",
     )
     return [g[:, : -1 - k] for k, g in enumerate(states, 1)]
-
-  def _restrict(self, labels, teacher, weights, best):
-    if self.vocabulary is None:
-      return labels, teacher, weights, best, None
-    inside = jnp.asarray(self.vocabulary.t2d)
-    to_draft = jnp.asarray(np.cumsum(self.vocabulary.t2d) - 1, jnp.int32)
-    # A hard label outside the draft vocabulary can't be learned either.
-    keep = inside[best] & (inside[labels] if self.objective == "hard" else True)
-    labels = jnp.where(inside[labels], to_draft[labels], 0)
-    best = jnp.where(inside[best], to_draft[best], 0)
-    mass = jax.nn.logsumexp(teacher, axis=-1)
-    return labels, teacher[..., self.draft_ids], weights * keep, best, mass
 
   # Inference. Slot t holds (features of t, token t + 1); the last slot holds the root.
 

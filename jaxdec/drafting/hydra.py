@@ -26,6 +26,7 @@ from jaxtyping import Array, Float
 from jaxdec.drafting.base import Context, Params, Target
 from jaxdec.drafting.dynamic_tree import take_nodes
 from jaxdec.drafting.medusa import own_head
+from jaxdec.drafting.objectives import Objective
 from jaxdec.drafting.trained import TrainedDrafter, embed, last_accepted, lm_head_kernel
 from jaxdec.mixers import AttentionConfig, NormConfig, build_mixer
 from jaxdec.mixers.base import gather_nodes
@@ -196,7 +197,7 @@ class HydraPlusPlus(Hydra):
   needs_prompt_hidden: ClassVar[bool] = True
 
   num_blocks: int = 4
-  objective: Literal["hard", "soft"] = "soft"
+  objective: Objective = "soft"
   dropout: float = 0.2
   attention: AttentionConfig
   hidden_dim: int

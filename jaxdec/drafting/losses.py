@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxdec.drafting.selection import top_k
+
 
 def _logsumexp(logits: Float[Array, "... V"]) -> Float[Array, "..."]:
   return jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
@@ -72,12 +74,67 @@ def _soft_cross_entropy_bwd(residuals, g):
 soft_cross_entropy.defvjp(_soft_cross_entropy_fwd, _soft_cross_entropy_bwd)
 
 
+def kl_divergence(
+  logits: Float[Array, "... V"], teacher_logits: Float[Array, "... V"]
+) -> Float[Array, "..."]:
+  """``sum_v p_v log(p_v / q_v)``: soft cross-entropy less the teacher's own entropy."""
+  teacher = jax.lax.stop_gradient(teacher_logits)
+  return soft_cross_entropy(logits, teacher) - soft_cross_entropy(teacher, teacher)
+
+
+def top_k_cross_entropy(
+  logits: Float[Array, "... V"], teacher_logits: Float[Array, "... V"], k: int
+) -> Float[Array, "..."]:
+  """``-sum p_v log q_v`` over the k likeliest tokens of p (HASS, arXiv 2408.15766)."""
+  teacher = jax.lax.stop_gradient(teacher_logits).astype(jnp.float32)
+  best, index = top_k(teacher, k)
+  p = jnp.exp(best - _logsumexp(teacher)[..., None])
+  picked = jnp.take_along_axis(logits.astype(jnp.float32), index, axis=-1)
+  return jnp.sum(p * (_logsumexp(logits)[..., None] - picked), axis=-1)
+
+
+def list_mle(
+  logits: Float[Array, "... V"], teacher_logits: Float[Array, "... V"], k: int
+) -> Float[Array, "..."]:
+  """Negative log-likelihood of the teacher's order of its k best tokens (Plackett-Luce over them):
+  ``-sum_i (z_i - logsumexp_{j>=i} z_j)`` (ViSpec, arXiv 2509.15235)."""
+  index = top_k(jax.lax.stop_gradient(teacher_logits), k)[1]
+  z = jnp.take_along_axis(logits.astype(jnp.float32), index, axis=-1)
+  rest = jax.lax.cumlogsumexp(z, axis=z.ndim - 1, reverse=True)
+  return jnp.sum(rest - z, axis=-1)
+
+
+def smooth_l1(x: Float[Array, "... D"], y: Float[Array, "... D"]) -> Float[Array, "..."]:
+  """SmoothL1 with beta 1, mean over the last axis; float32."""
+  difference = jnp.abs(x.astype(jnp.float32) - y.astype(jnp.float32))
+  return jnp.mean(jnp.where(difference < 1, 0.5 * difference**2, difference - 0.5), axis=-1)
+
+
+def squared_error(x: Float[Array, "... D"], y: Float[Array, "... D"]) -> Float[Array, "..."]:
+  """``mean_D (x - y)^2`` in float32. For a consistency loss cut the anchor off before."""
+  return jnp.mean(jnp.square(x.astype(jnp.float32) - y.astype(jnp.float32)), axis=-1)
+
+
 def label_rank(logits: Float[Array, "... V"], labels: Int[Array, "..."]) -> Int[Array, "..."]:
   """How many tokens ``lax.top_k`` would put before the label (0: it is the argmax)."""
   value = jnp.take_along_axis(logits, labels[..., None], axis=-1)
   index = jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1)
   before = (logits > value) | ((logits == value) & (index < labels[..., None]))
   return jnp.sum(before, axis=-1, dtype=jnp.int32)
+
+
+def total_variation(
+  logits: Float[Array, "... V"],
+  teacher_logits: Float[Array, "... V"],
+  teacher_lse: Float[Array, "..."] | None = None,
+) -> Float[Array, "..."]:
+  """``1/2 sum_v |p_v - q_v|``, both laws over the whole vocabulary (``overlap``'s arguments)."""
+  lse = _logsumexp(teacher_logits)
+  whole = lse if teacher_lse is None else teacher_lse
+  p = jnp.exp(teacher_logits.astype(jnp.float32) - whole[..., None])
+  q = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+  outside = 1 - jnp.exp(lse - whole)  # what p gives to tokens that can't be drafted
+  return 0.5 * (jnp.sum(jnp.abs(p - q), axis=-1) + outside)
 
 
 def overlap(

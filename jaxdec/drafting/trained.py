@@ -15,26 +15,25 @@ Slot t counts at depth k if ``x_t .. x_{t+1+k}`` lie in one document and the lab
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import struct
 from jaxtyping import Array, Float, Int
 
+from jaxdec.drafting import objectives
 from jaxdec.drafting.base import Context, Drafter, DraftState, Params, Target, TargetOutput
 from jaxdec.drafting.dynamic_tree import DynamicTree, Step, expand_dynamic, expand_static
-from jaxdec.drafting.losses import (
-  cross_entropy,
-  label_rank,
-  masked_mean,
-  overlap,
-  soft_cross_entropy,
-)
+from jaxdec.drafting.losses import label_rank, masked_mean, overlap
+from jaxdec.drafting.objectives import Objective, Slots
 from jaxdec.drafting.selection import argmax
 from jaxdec.drafting.static_tree import StaticTree
 from jaxdec.drafting.tree import Tree
+from jaxdec.drafting.vocabulary import DraftVocabulary
 from jaxdec.errors import UserError
 from jaxdec.models.config import DecoderConfig
 
@@ -42,16 +41,45 @@ NUM_RANKS = 10  # ranks told apart by ``accuracy``: as many children as any stat
 OVERLAP_STRIDE = 8  # the overlap metric needs two more softmaxes: every 8th slot estimates it
 
 
+@struct.dataclass
+class Example:
+  """What is learned at one depth: S slots a row, wherever they lie in the text.
+
+  Attributes:
+    depth: 1-based; ``head`` gets it, and metrics are named by it.
+    states: what ``head`` reads (a pytree whose leaves begin with ``[B,S]``).
+    labels: the token of the text that the draft should be.
+    teacher: the target's logits at the position before it, ``hidden`` its post-norm state there.
+    weights: 1.0 where the slot counts; other numbers weigh it.
+  """
+
+  depth: int = struct.field(pytree_node=False)
+  states: Any
+  labels: Int[Array, "B S"]
+  teacher: Float[Array, "B S V"]
+  hidden: Float[Array, "B S D"]
+  weights: Float[Array, "B S"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainedDrafter(Drafter):
-  """Base of Medusa, Hydra and EAGLE-3; subclasses say how states and logits are made.
+  """Base of all drafters that are distilled; subclasses say how states and logits are made.
 
   Attributes:
     dim, vocab_size: the target's D and V. logit_cap: its soft-cap on logits.
     num_heads: K, the depths trained.
     tree: topology drafted at inference; None: a chain of ``num_heads``.
-    objective: ``hard`` cross-entropy on the text, or ``soft`` on the target's distributions.
+    objective: what is minimised at every slot: the name of a term (``hard`` cross-entropy on the
+      text, ``soft`` on the target's distributions, ...) or a tuple of ``Term``; see
+      ``jaxdec.drafting.objectives``.
     depth_decay: depth k has the loss weight ``depth_decay ** k``.
+    weighting: ``power`` as above; ``dpace`` weighs each slot by what hangs on it besides (for
+      drafters whose depths share their slots).
+    normalize: ``depth`` sums the means of the depths; ``global`` divides the weighted sum over all
+      depths by the sum of the weights.
+    vocabulary: optional draft vocabulary, for drafters with a head of their own. A slot whose most
+      likely target token lies outside it is not trained on; such tokens are never drafted (the
+      output doesn't change).
     loss_fraction: share of the slots, drawn anew each step, whose logits are computed in training:
       a small target's cost is mostly there.
     coupled: at temperature > 0 rank children by ``log q + Gumbel noise``, with the noise that
@@ -68,8 +96,11 @@ class TrainedDrafter(Drafter):
   logit_cap: float | None = None
   num_heads: int = 4
   tree: StaticTree | DynamicTree | None = None
-  objective: Literal["hard", "soft"] = "hard"
+  objective: Objective = "hard"
   depth_decay: float = 1.0
+  weighting: Literal["power", "dpace"] = "power"
+  normalize: Literal["depth", "global"] = "depth"
+  vocabulary: DraftVocabulary | None = None
   loss_fraction: float = 1.0
   coupled: bool = True
   dtype: str = "float32"
@@ -77,8 +108,21 @@ class TrainedDrafter(Drafter):
   def __post_init__(self):
     if self.num_heads < 1:
       raise UserError(f"num_heads must be at least 1, got {self.num_heads}")
-    if self.objective not in ("hard", "soft"):
-      raise UserError(f"objective must be 'hard' or 'soft', got {self.objective!r}")
+    objectives.parse(self.objective)
+    if self.weighting not in ("power", "dpace") or self.normalize not in ("depth", "global"):
+      raise UserError(
+        "weighting must be 'power' or 'dpace' and normalize 'depth' or 'global', got "
+        f"{self.weighting!r} and {self.normalize!r}"
+      )
+    if self.vocabulary is not None and self.vocabulary.vocab_size != self.vocab_size:
+      raise UserError(
+        f"the draft vocabulary is a subset of {self.vocabulary.vocab_size} tokens, but "
+        f"the target has {self.vocab_size}"
+      )
+    if self.vocabulary is not None and getattr(self, "share_head", False):
+      raise UserError(
+        f"a draft vocabulary needs heads of the drafter's own; set share_head=False in {self.name}"
+      )
     if not 0 < self.loss_fraction <= 1:
       raise UserError(f"loss_fraction must lie in (0, 1], got {self.loss_fraction}")
     if self.max_depth > self.depth_limit or self.max_depth < 1:
@@ -103,9 +147,13 @@ class TrainedDrafter(Drafter):
   ) -> list[Float[Array, "B _ D"]]:
     """States that ``head`` reads, depth 1 first: entry k - 1 is ``[B, T - 1 - k, D]``.
 
-    ``rng`` turns dropout on.
+    ``rng`` turns dropout on. Drafters that learn at other slots override ``examples`` instead.
     """
     raise NotImplementedError
+
+  def predicted(self, params: Params, states: Any) -> Float[Array, "... D"]:
+    """The drafter's prediction of the target's post-norm state, for the terms that compare them."""
+    return states
 
   def head(
     self, params: Params, target: Target, depth: int, states: Float[Array, "... D"]
@@ -161,7 +209,12 @@ class TrainedDrafter(Drafter):
   @property
   def draft_ids(self) -> Int[Array, "V"] | None:
     """Token ids of the draft vocabulary; None: the target's own."""
-    return None
+    return None if self.vocabulary is None else jnp.asarray(self.vocabulary.ids)
+
+  @property
+  def draft_size(self) -> int:
+    """Tokens the drafter chooses from."""
+    return self.vocab_size if self.vocabulary is None else len(self.vocabulary.ids)
 
   def init_params(self, rng: jax.Array, target: Target | None = None) -> Params:
     if target is None:
@@ -209,7 +262,7 @@ class TrainedDrafter(Drafter):
     batch: Mapping[str, Array],
     rng: jax.Array | None = None,
   ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """``sum_k depth_decay^k mean_t CE_k`` and metrics.
+    """The objective over all depths, ``sum_k depth_decay^k mean_t``, and metrics.
 
     Args:
       output: the target over ``batch["tokens"]``: hidden, features and logits of every position.
@@ -222,32 +275,41 @@ class TrainedDrafter(Drafter):
       Also ``tokens_per_step = 1 + sum_k prod_{i<=k} top1_i`` (``tau_sim``), the mean length of a
       chain were the depths independent, and ``weight``, the number of labelled slots of depth 1.
     """
-    total, by_depth, weight = 0.0, {"depth_loss": [], "top1": [], "top5": [], "overlap": []}, None
-    for item in self._depths(params, target, output, batch, rng):
-      depth, logits, labels, teacher, weights, best, mass = item
-      if self.objective == "soft":
-        losses = soft_cross_entropy(logits, jax.lax.stop_gradient(teacher))
-      else:
-        losses = cross_entropy(logits, labels)
-      mean = masked_mean(losses, weights)
-      total = total + self.depth_decay**depth * mean
-      logits = jax.lax.stop_gradient(logits)
-      rank = label_rank(logits, best)
-      every = slice(None, None, OVERLAP_STRIDE)
-      shared = (
-        overlap(logits[:, every], teacher[:, every])
-        if mass is None
-        else overlap(logits[:, every], teacher[:, every], mass[:, every])
+    values, weights, depths, label_probs, weight = [], [], [], [], None
+    by_depth = {"depth_loss": [], "top1": [], "top5": [], "overlap": []}
+    for example in self.examples(params, target, output, batch, rng):
+      slots, best = self._slots(params, target, example)
+      value = objectives.value(self.objective, slots)
+      detached = jax.lax.stop_gradient(slots.logits)
+      if self.weighting == "dpace":
+        picked = jnp.take_along_axis(detached, slots.labels[..., None], axis=-1)[..., 0]
+        label_probs.append(jnp.exp(picked - jax.nn.logsumexp(detached, axis=-1)))
+      rank = label_rank(detached, best)
+      some = (slice(None), slice(None, None, OVERLAP_STRIDE))
+      shared = overlap(
+        detached[some], slots.teacher[some], None if slots.mass is None else slots.mass[some]
       )
-      by_depth["depth_loss"].append(jax.lax.stop_gradient(mean))
-      by_depth["top1"].append(masked_mean(rank == 0, weights))
-      by_depth["top5"].append(masked_mean(rank < 5, weights))
-      by_depth["overlap"].append(masked_mean(shared, weights[:, every]))
-      weight = jnp.sum(weights) if weight is None else weight
-    metrics = {name: jnp.stack(values) for name, values in by_depth.items()}
+      by_depth["depth_loss"].append(jax.lax.stop_gradient(masked_mean(value, slots.weights)))
+      by_depth["top1"].append(masked_mean(rank == 0, slots.weights))
+      by_depth["top5"].append(masked_mean(rank < 5, slots.weights))
+      by_depth["overlap"].append(masked_mean(shared, slots.weights[some]))
+      weight = jnp.sum(slots.weights) if weight is None else weight
+      values.append(value)
+      weights.append(slots.weights)
+      depths.append(example.depth)
+    if self.weighting == "dpace":
+      weights = objectives.dpace_weights(label_probs, weights)
+    metrics = {name: jnp.stack(rows) for name, rows in by_depth.items()}
     metrics["tokens_per_step"] = 1 + jnp.sum(jnp.cumprod(metrics["top1"]))
     metrics["weight"] = weight
-    return total, metrics
+    return self._total(values, weights, depths), metrics
+
+  def _total(self, values, weights, depths):
+    factors = [self.depth_decay**depth for depth in depths]
+    if self.normalize == "depth":
+      return sum(f * masked_mean(v, w) for f, v, w in zip(factors, values, weights))
+    total = sum(f * jnp.sum(v * w) for f, v, w in zip(factors, values, weights))
+    return total / jnp.maximum(sum(f * jnp.sum(w) for f, w in zip(factors, weights)), 1e-6)
 
   def accuracy(
     self, params: Params, target: Target, output: TargetOutput, batch: Mapping[str, Array]
@@ -257,16 +319,23 @@ class TrainedDrafter(Drafter):
     Columns are disjoint (their sum is the top-R accuracy): what ``greedy_tree`` reads.
     """
     table, counts = [], []
-    for _, logits, _, _, weights, best, _ in self._depths(params, target, output, batch, None):
-      hit = jax.nn.one_hot(label_rank(logits, best), NUM_RANKS) * weights[..., None]
-      count = jnp.sum(weights)
+    for example in self.examples(params, target, output, batch, None):
+      slots, best = self._slots(params, target, example)
+      hit = jax.nn.one_hot(label_rank(slots.logits, best), NUM_RANKS) * slots.weights[..., None]
+      count = jnp.sum(slots.weights)
       table.append(jnp.sum(hit, axis=(0, 1)) / jnp.maximum(count, 1.0))
       counts.append(count)
     return jnp.stack(table), jnp.stack(counts)
 
-  def _depths(self, params, target, output, batch, rng):
-    """Per depth: logits, labels, teacher logits, weights, the teacher's best token (all in the
-    draft vocabulary and on the slots in use), the log-normaliser of the teacher's whole law."""
+  def examples(
+    self,
+    params: Params,
+    target: Target,
+    output: TargetOutput,
+    batch: Mapping[str, Array],
+    rng: jax.Array | None = None,
+  ) -> Iterator[Example]:
+    """What is learned at each depth, depth 1 first: here the slots ``0..T-2-k`` of depth k."""
     tokens = batch["tokens"]
     if tokens.shape[1] < self.num_heads + 2:
       raise UserError(
@@ -278,23 +347,42 @@ class TrainedDrafter(Drafter):
     dropout = slots_rng = None
     if rng is not None:
       dropout, slots_rng = jax.random.split(rng)
-    best_everywhere = argmax(output.logits)
     for k, states in enumerate(self.teacher_forced(params, target, output, batch, dropout), 1):
-      teacher = jax.lax.stop_gradient(output.logits[:, k:-1])
-      labels, best = tokens[:, 1 + k :], best_everywhere[:, k:-1]
-      weights = label_weights(batch, k, prefix=self.sequential)
+      example = Example(
+        k,
+        states,
+        tokens[:, 1 + k :],
+        output.logits[:, k:-1],
+        output.hidden[:, k:-1],
+        label_weights(batch, k, prefix=self.sequential),
+      )
       if self.loss_fraction < 1 and rng is not None:
-        count = max(1, round(self.loss_fraction * labels.shape[1]))
-        slots = jax.random.permutation(jax.random.fold_in(slots_rng, k), labels.shape[1])[:count]
-        states, teacher, labels, weights, best = (
-          x[:, slots] for x in (states, teacher, labels, weights, best)
-        )
-      logits = self.head(params, target, k, states)
-      yield (k, logits, *self._restrict(labels, teacher, weights, best))
+        width = example.labels.shape[1]
+        count = max(1, round(self.loss_fraction * width))
+        slots = jax.random.permutation(jax.random.fold_in(slots_rng, k), width)[:count]
+        example = jax.tree.map(lambda x, slots=slots: x[:, slots], example)
+      yield example
 
-  def _restrict(self, labels, teacher, weights, best):
-    """Maps labels and teacher to the draft vocabulary (None: nothing was cut off the law)."""
-    return labels, teacher, weights, best, None
+  def _slots(self, params, target, example: Example) -> tuple[Slots, Int[Array, "B S"]]:
+    """The example as the objective sees it, and the target's best token; both in the draft
+    vocabulary."""
+    logits = self.head(params, target, example.depth, example.states)
+    labels, weights = example.labels, example.weights
+    teacher = jax.lax.stop_gradient(example.teacher)
+    best, mass = argmax(teacher), None
+    if self.vocabulary is not None:
+      inside = jnp.asarray(self.vocabulary.t2d)
+      to_draft = jnp.asarray(np.cumsum(self.vocabulary.t2d) - 1, jnp.int32)
+      # A hard label outside the draft vocabulary can't be learned either.
+      hard = objectives.needs_labels(self.objective)
+      weights = weights * (inside[best] & (inside[labels] if hard else True))
+      labels = jnp.where(inside[labels], to_draft[labels], 0)
+      best = jnp.where(inside[best], to_draft[best], 0)
+      mass = jax.nn.logsumexp(teacher, axis=-1)
+      teacher = teacher[..., self.draft_ids]
+    predicted = self.predicted(params, example.states)
+    hidden = jax.lax.stop_gradient(example.hidden)
+    return Slots(logits, teacher, labels, weights, predicted, hidden, mass), best
 
 
 def label_weights(batch: Mapping[str, Array], depth: int, *, prefix: bool) -> Float[Array, "B _"]:

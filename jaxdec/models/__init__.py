@@ -2,7 +2,7 @@
 """What a decoder is: configurations, the Flax module, Hugging Face families."""
 
 from jaxdec.mixers.norms import NormConfig
-from jaxdec.models.config import DecoderConfig, LayerConfig, MLPConfig, tiny_llama
+from jaxdec.models.config import Capture, DecoderConfig, LayerConfig, MLPConfig, tiny_llama
 from jaxdec.models.decoder import (
   Decoder,
   DecoderOutput,
@@ -12,6 +12,7 @@ from jaxdec.models.decoder import (
 )
 
 __all__ = [
+  "Capture",
   "Decoder",
   "DecoderConfig",
   "DecoderOutput",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from jaxdec.errors import UserError
 from jaxdec.mixers.attention import AttentionConfig
 from jaxdec.mixers.gated_delta import GatedDeltaConfig
 from jaxdec.mixers.linear_attention import LinearAttentionConfig
@@ -69,6 +70,32 @@ class DecoderConfig:
 
   @property
   def num_layers(self) -> int:
+    return len(self.layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Capture:
+  """Which states of the residual stream a caller wants back.
+
+  Attributes:
+    layers: the stream at the inputs of these layers (0-based; L: after the last layer).
+    norm: ``pre`` the stream itself; ``post`` as that layer's mixer reads it, after its input norm
+      (L: after the final norm, what the LM head reads).
+  """
+
+  layers: tuple[int, ...] = ()
+  norm: Literal["pre", "post"] = "pre"
+
+  def __post_init__(self):
+    if self.norm not in ("pre", "post"):
+      raise UserError(f"capture takes norm='pre' or 'post', got {self.norm!r}")
+
+  @classmethod
+  def of(cls, capture: Capture | tuple[int, ...]) -> Capture:
+    """A plain tuple of layers means ``norm="pre"``."""
+    return capture if isinstance(capture, Capture) else cls(tuple(capture))
+
+  def __len__(self) -> int:
     return len(self.layers)
 
 

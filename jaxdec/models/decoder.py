@@ -16,14 +16,16 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxdec.mixers import build_mixer
 from jaxdec.mixers.base import Topology
 from jaxdec.mixers.norms import Dense, NormConfig, RMSNorm
-from jaxdec.models.config import DecoderConfig, LayerConfig, MLPConfig
+from jaxdec.models.config import Capture, DecoderConfig, LayerConfig, MLPConfig
 from jaxdec.models.remat import BLOCK_INPUT, Remat, rematerialised
 from jaxdec.parallel.sequence import SequenceConfig
+
+Embeddings = tuple[Float[Array, "B T D"], Bool[Array, "B T"]]
 
 
 @struct.dataclass
@@ -43,7 +45,7 @@ class DecoderOutput:
 
   logits: next-token logits in float32; None where not asked for.
   hidden: post-final-norm states, what the LM head reads.
-  features: residual stream at the inputs of the captured layers, in the order asked for.
+  features: what ``capture`` asked for, in its order; see ``Capture``.
   state: after ``extend``. pending: after ``verify``.
   """
 
@@ -94,6 +96,10 @@ class Block(nn.Module):
     if self.config.post_norms:
       self.post_mixer_norm = RMSNorm(self.norm, self.param_dtype)
       self.post_mlp_norm = RMSNorm(self.norm, self.param_dtype)
+
+  def normed(self, x):
+    """What the mixer reads."""
+    return self.mixer_norm(x)
 
   def _finish(self, x, mixed):
     x = x + (self.post_mixer_norm(mixed) if self.config.post_norms else mixed)
@@ -194,12 +200,22 @@ class Decoder(nn.Module):
     if not c.tie_embeddings:
       self.head = Dense(c.vocab_size, ("embed", "vocab"), False, self.dtype, self.param_dtype)
 
-  def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Token embeddings, scaled as the first block reads them."""
+  def embed(
+    self, tokens: Int[Array, "B T"], embeddings: Embeddings | None = None
+  ) -> Float[Array, "B T D"]:
+    """Token embeddings, scaled as the first block reads them.
+
+    ``embeddings = (values [B,T,D], where [B,T])`` stand for the tokens ``where`` they are True
+    (images, learned prompt tokens); they are not scaled.
+    """
     x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
     scale = self.config.embed_scale
     # Gemma rounds the scale to the compute type before multiplying.
-    return x if scale is None else x * jnp.asarray(scale, self.dtype)
+    x = x if scale is None else x * jnp.asarray(scale, self.dtype)
+    if embeddings is None:
+      return x
+    values, where = embeddings
+    return jnp.where(where[..., None], values.astype(self.dtype), x)
 
   def unembed(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
     """LM head on post-norm states, soft-capped, float32."""
@@ -217,11 +233,24 @@ class Decoder(nn.Module):
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
   def _output(self, x, stream, capture, logits, **kwargs):
-    stream = [*stream, x]
+    stream, capture = [*stream, x], Capture.of(capture)
     hidden = self.final_norm(x)
-    return DecoderOutput(
-      self.unembed(hidden) if logits else None, hidden, tuple(stream[i] for i in capture), **kwargs
+    features = tuple(
+      stream[i] if capture.norm == "pre" else self._normed(stream[i], hidden, i)
+      for i in capture.layers
     )
+    return DecoderOutput(self.unembed(hidden) if logits else None, hidden, features, **kwargs)
+
+  def _normed(self, x, hidden, i):
+    """The stream at layer i's input as its mixer reads it."""
+    if i == self.config.num_layers:
+      return hidden
+    if self.layout == "unrolled":
+      return self.layers[i].normed(x)
+    period = len(pattern(self.config.layers))
+    block = self.stack.variables["params"][f"block_{i % period}"]["mixer_norm"]
+    scale = jax.tree.map(lambda leaf: leaf[i // period], nn.unbox(block))
+    return RMSNorm(self.config.norm, self.param_dtype, parent=None).apply({"params": scale}, x)
 
   def __call__(
     self,
@@ -229,16 +258,17 @@ class Decoder(nn.Module):
     positions: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     *,
-    capture: tuple[int, ...] = (),
+    capture: Capture | tuple[int, ...] = (),
     logits: bool = True,
+    embeddings: Embeddings | None = None,
   ) -> DecoderOutput:
     """Whole sequences without state (training and scoring)."""
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    x = _placed(self.embed(tokens))
+    x = _placed(self.embed(tokens, embeddings))
     if self.layout == "scanned":
       x, inputs = self.stack(x, positions, segment_ids)
-      stream = inputs.reshape(-1, *x.shape) if capture else ()
+      stream = inputs.reshape(-1, *x.shape) if len(capture) else ()
     else:
       stream = []
       for layer in self.layers:
@@ -264,11 +294,12 @@ class Decoder(nn.Module):
     state: DecoderState,
     positions: Int[Array, "B T"],
     *,
-    capture: tuple[int, ...] = (),
+    capture: Capture | tuple[int, ...] = (),
     logits: bool = True,
+    embeddings: Embeddings | None = None,
   ) -> DecoderOutput:
     """Reads T more tokens (position -1: padding); the new state is in the output."""
-    x, stream, states = self.embed(tokens), [], []
+    x, stream, states = self.embed(tokens, embeddings), [], []
     for layer, layer_state in zip(self.layers, state.layers):
       stream.append(x)
       x, layer_state = layer.extend(x, layer_state, positions)
@@ -281,11 +312,12 @@ class Decoder(nn.Module):
     state: DecoderState,
     topology: Topology,
     *,
-    capture: tuple[int, ...] = (),
+    capture: Capture | tuple[int, ...] = (),
     logits: bool = True,
+    embeddings: Embeddings | None = None,
   ) -> DecoderOutput:
     """Reads M tree nodes against the state without changing it; ``pending`` is in the output."""
-    x, stream, pendings = self.embed(tokens), [], []
+    x, stream, pendings = self.embed(tokens, embeddings), [], []
     for layer, layer_state in zip(self.layers, state.layers):
       stream.append(x)
       x, pending = layer.verify(x, layer_state, topology)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxdec.models.config import Capture
 from jaxdec.models.decoder import Decoder, DecoderState
 
 CHUNKS = (16, 64, 128, 256)  # each ladder step is one compilation; a prompt is padded to its chunk
@@ -33,7 +34,7 @@ def read_prompt(
   lengths: Int[Array, "B"],
   *,
   chunk: int,
-  capture: tuple[int, ...] = (),
+  capture: Capture | tuple[int, ...] = (),
   keep: int | None = None,
 ) -> tuple[DecoderState, Float[Array, "B T D"], tuple[Float[Array, "B T D"], ...]]:
   """Feeds right-padded prompts to an empty state, ``chunk`` tokens at a time.

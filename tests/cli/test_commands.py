@@ -72,7 +72,7 @@ def _files(folder):
 def test_names_are_the_registrys():
   from jaxdec.cli.checks import MESH_AXES
   from jaxdec.drafting import names
-  from jaxdec.drafting.checkpoint import KINDS
+  from jaxdec.drafting.kinds import KINDS
   from jaxdec.parallel.mesh import AXES
 
   assert tuple(KINDS) == TRAINED

@@ -27,8 +27,9 @@ from toy_target import (
 from jaxdec.decoding import Sampler, generate
 from jaxdec.drafting.base import Accepted, Context, Prompt, TargetOutput
 from jaxdec.drafting.dynamic_tree import DynamicTree
-from jaxdec.drafting.eagle3 import DraftVocabulary, Eagle3, default_capture
+from jaxdec.drafting.eagle3 import Eagle3, default_capture
 from jaxdec.drafting.static_tree import StaticTree
+from jaxdec.drafting.vocabulary import DraftVocabulary
 from jaxdec.errors import UserError
 
 PATHS = [(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 1, 0), (0, 1, 2)]

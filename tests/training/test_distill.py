@@ -19,7 +19,6 @@ from toy_target import VOCAB, init, loss_of, random_batch, randomized, run, targ
 
 from jaxdec.decoding import generate
 from jaxdec.drafting.checkpoint import (
-  KINDS,
   fingerprint,
   from_config,
   load_drafter,
@@ -27,10 +26,11 @@ from jaxdec.drafting.checkpoint import (
   to_config,
 )
 from jaxdec.drafting.dynamic_tree import DynamicTree
-from jaxdec.drafting.eagle3 import DraftVocabulary
 from jaxdec.drafting.hydra import Hydra
+from jaxdec.drafting.kinds import KINDS
 from jaxdec.drafting.medusa import Medusa
 from jaxdec.drafting.static_tree import StaticTree
+from jaxdec.drafting.vocabulary import DraftVocabulary
 from jaxdec.errors import UserError
 from jaxdec.models import Decoder, stack_layers
 from jaxdec.training import OptimizerConfig, Trainer, TrainerConfig

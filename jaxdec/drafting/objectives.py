@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a drafter is trained for: weighted sums of named terms, the same for every drafter.
+
+An objective is a term's name (``"hard"``, ``"soft"``, ...) or a tuple of ``Term``. With p the
+target's law at a slot, q the drafter's, x the text's token, h the target's state and f the
+drafter's prediction of it, a term is one number a slot:
+
+  ================  ============================================================================
+  ``hard``          ``-log q(x)``
+  ``soft``          ``-sum_v p_v log q_v``; option: temperature of q (Falcon, arXiv 2412.12639)
+  ``kl``            ``sum_v p_v log(p_v / q_v)``
+  ``top_k``         ``-sum_{v in top-K of p} p_v log q_v``; option: K, 10 (HASS, arXiv 2408.15766)
+  ``tv``            ``1/2 sum_v |p_v - q_v|``
+  ``nla``           ``-log max(alpha, 1e-5)``, ``alpha = sum_v min(p_v, q_v)`` (arXiv 2602.23881)
+  ``lk``            ``l KL + (1 - l)(1 - alpha)``, ``l = exp(-eta mean alpha)`` of the depth,
+                    detached; option: eta, 3 (LK loss, arXiv 2602.23881)
+  ``list_mle``      ``-sum_i (z_i - logsumexp_{j>=i} z_j)`` over the top-K of p in its order;
+                    option: K, 10 (ViSpec, arXiv 2509.15235)
+  ``smooth_l1``     mean over D of SmoothL1(f - h) (EAGLE, arXiv 2401.15077)
+  ``mse``           mean over D of ``(f - h)^2``
+  ================  ============================================================================
+
+Where the drafter has a draft vocabulary S, p is renormalised over S in ``soft``, ``kl``, ``top_k``
+and ``list_mle``; in ``tv``, ``nla`` and ``alpha`` it is not: mass outside S can't be accepted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from jaxdec.drafting import losses
+from jaxdec.errors import UserError, nearest
+
+
+@struct.dataclass
+class Slots:
+  """One depth of a batch, as terms see it; the teacher's side carries no gradient.
+
+  Attributes:
+    logits: the drafter's, over its draft vocabulary. teacher: the target's logits on the same
+      tokens. mass: log-normaliser of the target's whole law; None: nothing was cut off.
+    labels: the text's tokens, as numbers of the draft vocabulary.
+    weights: 1.0 where the slot counts.
+    predicted, hidden: the drafter's prediction of the target's post-norm state, and that state.
+  """
+
+  logits: Float[Array, "B S V"]
+  teacher: Float[Array, "B S V"]
+  labels: Int[Array, "B S"]
+  weights: Float[Array, "B S"]
+  predicted: Float[Array, "B S D"]
+  hidden: Float[Array, "B S D"]
+  mass: Float[Array, "B S"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+  """One term of an objective; ``option``: see the table above (None: the default there)."""
+
+  name: str
+  weight: float = 1.0
+  option: float | None = None
+
+
+Objective = str | tuple[Term, ...]
+
+
+def _soft(s: Slots, temperature: float | None):
+  return losses.soft_cross_entropy(s.logits / (temperature or 1.0), s.teacher)
+
+
+def _lk(s: Slots, eta: float | None):
+  alpha = losses.overlap(s.logits, s.teacher, s.mass)
+  mean = jax.lax.stop_gradient(losses.masked_mean(alpha, s.weights))
+  share = jnp.exp(-(3.0 if eta is None else eta) * mean)
+  return share * losses.kl_divergence(s.logits, s.teacher) + (1 - share) * (1 - alpha)
+
+
+TERMS: dict[str, Callable[[Slots, float | None], Float[Array, "B S"]]] = {
+  "hard": lambda s, _: losses.cross_entropy(s.logits, s.labels),
+  "soft": _soft,
+  "kl": lambda s, _: losses.kl_divergence(s.logits, s.teacher),
+  "top_k": lambda s, k: losses.top_k_cross_entropy(s.logits, s.teacher, int(k or 10)),
+  "tv": lambda s, _: losses.total_variation(s.logits, s.teacher, s.mass),
+  "nla": lambda s, _: -jnp.log(jnp.maximum(losses.overlap(s.logits, s.teacher, s.mass), 1e-5)),
+  "lk": _lk,
+  "list_mle": lambda s, k: losses.list_mle(s.logits, s.teacher, int(k or 10)),
+  "smooth_l1": lambda s, _: losses.smooth_l1(s.predicted, s.hidden),
+  "mse": lambda s, _: losses.squared_error(s.predicted, s.hidden),
+}
+
+
+def parse(objective: Objective) -> tuple[Term, ...]:
+  """The terms of an objective.
+
+  Raises:
+    UserError: an unknown term, or none at all.
+  """
+  terms = (Term(objective),) if isinstance(objective, str) else tuple(objective)
+  for term in terms:
+    if not isinstance(term, Term) or term.name not in TERMS:
+      name = term.name if isinstance(term, Term) else term
+      raise UserError(
+        f"objective has no term {name!r}{nearest(str(name), TERMS)}; known: {', '.join(TERMS)}"
+      )
+  if not terms:
+    raise UserError(f"objective is empty; name at least one of {', '.join(TERMS)}")
+  return terms
+
+
+def needs_labels(objective: Objective) -> bool:
+  """Whether the text's own token must lie in the draft vocabulary."""
+  return any(t.name == "hard" for t in parse(objective))
+
+
+def value(objective: Objective, slots: Slots) -> Float[Array, "B S"]:
+  """The objective at every slot."""
+  return sum(t.weight * TERMS[t.name](slots, t.option) for t in parse(objective))
+
+
+def dpace_weights(
+  label_probs: Sequence[Float[Array, "B S"]],
+  weights: Sequence[Float[Array, "B S"]],
+  smoothing: float = 0.5,
+) -> list[Float[Array, "B S"]]:
+  """D-PACE (arXiv 2605.18810): a depth matters as much as the drafts that hang on it.
+
+  ``w_j = sum_{m>=j} c_m``, ``c_m = prod_{i<=m} s_i``, ``s_i = (1 - a) q(label_i) + a``; slots that
+  don't count have s = 1 and are not summed. Detached. Depths lie in the lists' order, at the same
+  slots.
+  """
+  probs, counted = jnp.stack(label_probs, -1), jnp.stack(weights, -1)
+  s = jnp.where(counted > 0, (1 - smoothing) * probs + smoothing, 1.0)
+  c = jnp.cumprod(s, axis=-1) * (counted > 0)
+  tail = jnp.cumsum(c[..., ::-1], axis=-1)[..., ::-1] * counted
+  return list(jnp.moveaxis(jax.lax.stop_gradient(tail), -1, 0))
