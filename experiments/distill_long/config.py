@@ -15,8 +15,9 @@ import dataclasses
 
 from experiments.lasp2.config import get_config as linear_llama3
 from jaxdec.distillation import DistillConfig
+from jaxdec.draft_recipe import DraftRecipe
 from jaxdec.parallel.sequence import SequenceConfig
-from jaxdec.training import MeshConfig, OptimizerConfig, Recipe, TrainerConfig
+from jaxdec.training import MeshConfig, OptimizerConfig, TrainerConfig
 
 SEQUENCE = SequenceConfig()  # contiguous shards: the heads read the tokens that follow
 # All heads share the teacher's own LM head; a share of the positions is learned from at each step.
@@ -43,16 +44,14 @@ def tiny(work_dir: str | None = None) -> DistillConfig:
   )
 
 
-def long() -> tuple[Recipe, DistillConfig]:
+def long() -> DraftRecipe:
   """A 1.4B hybrid as the teacher, in bfloat16, one row of 131,072 tokens over 16 devices."""
   seq_len = 2**17
   teacher = linear_llama3("1b-gla-hybrid")
-  teacher = dataclasses.replace(
-    teacher,
+  return DraftRecipe(
     model=dataclasses.replace(teacher.model, max_length=seq_len),
-    seq_len=seq_len, batch_size=1, remat="none", param_dtype="bfloat16", sequence=SEQUENCE,
-  )  # fmt: skip
-  drafter = DistillConfig(
+    param_dtype="bfloat16",
+    sequence=SEQUENCE,
     drafter="hydra",
     options={**OPTIONS, "loss_fraction": 0.0625},
     data=teacher.data,
@@ -64,4 +63,8 @@ def long() -> tuple[Recipe, DistillConfig]:
       mesh=MeshConfig(seq=16),
     ),
   )
-  return teacher, drafter
+
+
+def get_config() -> DraftRecipe:
+  """What ``jaxdec plan experiments/distill_long/config.py`` costs."""
+  return long()

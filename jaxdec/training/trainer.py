@@ -200,6 +200,15 @@ class Trainer:
   def _program(self) -> Callable:
     return jax.jit(self.step_fn, donate_argnums=0, out_shardings=(self.shardings, self._replicated))
 
+  @property
+  def abstract_frozen(self) -> Any:
+    """Shapes and places of the task's frozen arrays."""
+    frozen = self.task.frozen
+    layout = rules_lib.shardings(frozen, self.rules, self.mesh)
+    return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(frozen), layout
+    )
+
   def lower(self, batch: Mapping[str, Any], *, platform: str | None = None) -> jax.stages.Lowered:
     """The train step for a global batch of these shapes; nothing is placed or computed.
 
@@ -212,14 +221,8 @@ class Trainer:
       name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding_of(x))
       for name, x in batch.items()
     }
-    layout = rules_lib.shardings(self.task.frozen, self.rules, self.mesh)
-    frozen = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      nn.unbox(self.task.frozen),
-      layout,
-    )
     with self._context():
-      traced = self._program().trace(self.abstract, frozen, batch)
+      traced = self._program().trace(self.abstract, self.abstract_frozen, batch)
       return traced.lower(lowering_platforms=(platform,) if platform else None)
 
   def evaluate(self, params: Any, frozen: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import pytest
 
 import jaxdec
@@ -16,10 +17,19 @@ from jaxdec.training.tasks.distill import Distill
 
 
 def test_long_sizes_fit_together():
-  teacher, job = config.long()
-  assert (teacher.seq_len, teacher.batch_size) == (job.seq_len, job.batch_size)
-  assert job.seq_len % job.trainer.mesh.seq == 0
-  assert teacher.sequence == config.SEQUENCE
+  recipe = config.long()
+  assert recipe.seq_len == recipe.model.max_length
+  assert recipe.seq_len % recipe.trainer.mesh.seq == 0
+  assert recipe.sequence == config.SEQUENCE
+
+
+def test_a_plan_needs_no_weights_and_training_does():
+  recipe = dataclasses.replace(config.long(), batch_size=1, seq_len=64)
+  task = recipe.task()
+  assert task.drafter.name == "hydra" and task.drafter.dim == recipe.model.dim
+  assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(task.frozen))
+  with pytest.raises(UserError, match="run it with `jaxdec distill`"):
+    recipe.make_trainer()
 
 
 def test_zigzag_rows_are_refused():

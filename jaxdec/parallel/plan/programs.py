@@ -46,6 +46,8 @@ def train_program(recipe: Recipe, mesh: Mesh) -> Program:
     "optimizer": trainer.abstract.optimizer,
     "batch": placed,
   }
+  if jax.tree.leaves(trainer.abstract_frozen):
+    parts["teacher"] = trainer.abstract_frozen
   flops = trainer.task.flops_per_token(trainer.abstract.params, recipe.seq_len) * tokens
   return Program(lowered, parts, tokens, flops)
 
