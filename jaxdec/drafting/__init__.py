@@ -2,9 +2,13 @@
 """Who guesses: the drafter contract, draft trees, and the built-in drafters by name."""
 
 from jaxdec.drafting.base import Accepted, Context, Drafter, Prompt, Target, TargetOutput
+from jaxdec.drafting.clover import Clover2
+from jaxdec.drafting.dflash import DFlash
 from jaxdec.drafting.draft_model import DraftModel
+from jaxdec.drafting.dynamic_exit import DynamicExit
 from jaxdec.drafting.dynamic_tree import DynamicTree
 from jaxdec.drafting.eagle3 import Eagle3
+from jaxdec.drafting.early_exit import EarlyExit
 from jaxdec.drafting.hydra import Hydra, HydraPlusPlus
 from jaxdec.drafting.kinds import KINDS
 from jaxdec.drafting.medusa import Medusa
@@ -21,6 +25,8 @@ from jaxdec.drafting.vocabulary import DraftVocabulary
 
 register("none", lambda: None)
 register("draft_model", DraftModel)
+register("early_exit", EarlyExit)
+register("del", DynamicExit)
 register("prompt_lookup", PromptLookup)
 register("token_recycling", TokenRecycling)
 for _kind in KINDS.values():
@@ -29,12 +35,16 @@ for _kind in KINDS.values():
 __all__ = [
   "KINDS",
   "Accepted",
+  "Clover2",
   "Context",
+  "DFlash",
   "DraftModel",
   "DraftVocabulary",
   "Drafter",
+  "DynamicExit",
   "DynamicTree",
   "Eagle3",
+  "EarlyExit",
   "Hydra",
   "HydraPlusPlus",
   "Medusa",

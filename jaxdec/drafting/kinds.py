@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from jaxdec.drafting.clover import Clover2
+from jaxdec.drafting.dflash import DFlash
 from jaxdec.drafting.eagle3 import Eagle3
 from jaxdec.drafting.hydra import Hydra, HydraPlusPlus
 from jaxdec.drafting.medusa import Medusa
@@ -13,6 +15,8 @@ _ALL: tuple[type[TrainedDrafter], ...] = (
   Hydra,
   HydraPlusPlus,
   Eagle3,
+  DFlash,
+  Clover2,
 )
 
 KINDS: dict[str, type[TrainedDrafter]] = {kind.name: kind for kind in _ALL}
