@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Integer
+from jaxtyping import Bool, Integer
 
 from jaxdec.data.documents import Document
 from jaxdec.data.tokenizer_training import END_OF_TEXT
@@ -31,17 +31,25 @@ _FORMAT = "jaxdec-corpus-1"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Corpus:
-  """Documents as ids; document i is `tokens[offsets[i]:offsets[i+1]]`, its end-of-text included."""
+  """Documents as ids; document i is `tokens[offsets[i]:offsets[i+1]]`, its end-of-text included.
+
+  `labels` says which tokens may be learned (the answers of a conversation); None: all of them.
+  """
 
   tokens: Integer[np.ndarray, "tokens"]
   offsets: Integer[np.ndarray, "boundaries"]
   num_bytes: int = 0  # of text, for bits per byte; 0 where it is not known
+  labels: Bool[np.ndarray, "tokens"] | None = None
 
   def __post_init__(self):
     if self.offsets[0] != 0 or self.offsets[-1] != len(self.tokens):
       raise ValueError(
         f"offsets must run from 0 to the number of tokens {len(self.tokens)}, "
         f"got {self.offsets[0]} to {self.offsets[-1]}"
+      )
+    if self.labels is not None and self.labels.shape != self.tokens.shape:
+      raise ValueError(
+        f"labels must be one a token, got {self.labels.shape} for {self.tokens.shape}"
       )
 
   def __len__(self) -> int:
@@ -54,21 +62,33 @@ class Corpus:
 
   @functools.cached_property
   def fingerprint(self) -> str:
-    """Hash of the ids and boundaries; part of every iterator's state."""
+    """Hash of the ids, boundaries and labels; part of every iterator's state."""
     digest = hashlib.sha256(np.ascontiguousarray(self.offsets, dtype=np.int64).tobytes())
     for start in range(0, len(self.tokens), 1 << 24):
       digest.update(np.asarray(self.tokens[start : start + (1 << 24)], dtype=np.int32).tobytes())
+    if self.labels is not None:
+      digest.update(np.packbits(self.labels).tobytes())
     return digest.hexdigest()[:16]
 
   @classmethod
   def from_token_lists(
-    cls, documents: Iterable[Sequence[int] | np.ndarray], *, num_bytes: int = 0
+    cls,
+    documents: Iterable[Sequence[int] | np.ndarray],
+    *,
+    num_bytes: int = 0,
+    labels: Iterable[Sequence[bool] | np.ndarray] | None = None,
   ) -> Corpus:
-    """A corpus of documents that are ids already; nothing is appended to them."""
+    """A corpus of documents that are ids already; nothing is appended to them.
+
+    `labels` are one list a document, as long as it.
+    """
     arrays = [np.asarray(ids, dtype=np.int32) for ids in documents]
     offsets = np.cumsum([0, *(len(a) for a in arrays)], dtype=np.int64)
     tokens = np.concatenate(arrays) if arrays else np.zeros(0, np.int32)
-    return cls(tokens, offsets, num_bytes)
+    if labels is not None:
+      parts = [np.asarray(mask, np.bool_) for mask in labels]
+      labels = np.concatenate(parts) if parts else np.zeros(0, np.bool_)
+    return cls(tokens, offsets, num_bytes, labels)
 
 
 def cache_folder() -> Path:

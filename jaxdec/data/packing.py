@@ -130,13 +130,16 @@ def plan_epoch(
 
 
 def fill_rows(
-  tokens: Integer[np.ndarray, "tokens"], plan: PackPlan, rows: range | Integer[np.ndarray, "B"]
+  tokens: Integer[np.ndarray, "tokens"],
+  plan: PackPlan,
+  rows: range | Integer[np.ndarray, "B"],
+  labels: Bool[np.ndarray, "tokens"] | None = None,
 ) -> dict[str, Integer[np.ndarray, "B T"] | Bool[np.ndarray, "B T"]]:
   """The batch of these rows; a row number past the end is a row of padding.
 
   tokens: int32, 0 where there is padding. segment_ids: 1, 2, ... within a row, 0 where there is
   padding. positions: from 0 within a segment. loss_mask: whether this token counts as a label; not
-  the first of a segment, which nothing predicts.
+  the first of a segment, which nothing predicts, nor one that `labels` rule out.
   """
   shape = (len(rows), plan.seq_len)
   batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "segment_ids", "positions")}
@@ -152,6 +155,7 @@ def fill_rows(
       batch["tokens"][b, here] = tokens[start : start + length]
       batch["segment_ids"][b, here] = segment
       batch["positions"][b, here] = np.arange(length)
-      batch["loss_mask"][b, at + 1 : at + length] = True
+      counted = True if labels is None else labels[start + 1 : start + length]
+      batch["loss_mask"][b, at + 1 : at + length] = counted
       at += length
   return batch

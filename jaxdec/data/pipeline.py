@@ -116,7 +116,7 @@ class PackedIterator(grain.DatasetIterator[Batch]):
       return next(self)
     rows = self._batch * d.batch_size + d.share.rows(d.batch_size)
     self._batch += 1
-    return fill_rows(d.corpus.tokens, plan, rows)
+    return fill_rows(d.corpus.tokens, plan, rows, d.corpus.labels)
 
   def get_state(self) -> dict[str, Any]:
     return {"epoch": self._epoch, "batch": self._batch, "fingerprint": self.dataset.fingerprint}

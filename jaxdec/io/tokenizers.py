@@ -80,6 +80,11 @@ class Tokenizer:
     """Id of a token string, or None."""
     return self.backend.token_to_id(token)
 
+  @property
+  def extras(self) -> dict[str, str]:
+    """The small files that came with the tokenizer (its chat template), by name."""
+    return dict(self._extras)
+
   def save(self, folder: str | os.PathLike) -> None:
     """Writes ``tokenizer.json`` and the small files that came with it."""
     folder = Path(folder)
