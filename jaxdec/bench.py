@@ -180,6 +180,8 @@ def _counts(arm: Arm, generations: list[Generation], reference: list[list[int]])
     "nodes": 1 if arm.drafter is None else arm.drafter.num_nodes,
     "tokens_per_step": 1.0 + sum(accepted),
     "accepted_by_depth": accepted,
+    "passes_by_prompt": [n for generation in generations for n in generation.stats.row_steps],
+    "tokens_by_prompt": [len(row) for row in tokens],
     "target_passes": sum(generation.stats.target_passes for generation in generations),
     "new_tokens": sum(map(len, tokens)),
     "compile_seconds": sum(generation.stats.compile_seconds for generation in generations),

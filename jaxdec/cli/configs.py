@@ -82,7 +82,7 @@ class Distill:
   model: str = "tiny"
   """Folder in Hugging Face layout, or 'tiny'."""
   drafter: str = "hydra"
-  """medusa, hydra, hydra++ or eagle3."""
+  """Any drafter that is trained, such as medusa, hydra, eagle3 (a wrong name lists all)."""
   data: str = "python_stdlib"
   """python_stdlib, or a folder (or file) of .txt, .py, .md or .jsonl."""
   work_dir: str | None = None
@@ -93,8 +93,11 @@ class Distill:
   """Draft depths that are trained."""
   tree_nodes: int = 16
   """Nodes of the draft tree that is chosen afterwards, root included."""
-  objective: Literal["soft", "hard"] = "soft"
-  """Learn the model's distributions, or the tokens of the text."""
+  objective: str | None = None
+  """soft (the model's distributions), hard (the text), or another term; by default the method's
+  own, and soft for medusa and hydra."""
+  options: tuple[str, ...] = ()
+  """Other settings of the drafter, NAME=VALUE each, such as num_blocks=2 depth_decay=0.9."""
   own_heads: bool = False
   """An LM head of its own for each depth (medusa, hydra) instead of the target's."""
   batch_size: int = 8

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +37,21 @@ def run(config: configs.Distill, mesh: dict[str, int], lm: Any) -> int:
 def settings(config: configs.Distill, mesh: dict[str, int], work_dir: str):
   """The library's configuration."""
   from jaxdec.distillation import DistillConfig
+  from jaxdec.drafting.kinds import KINDS
   from jaxdec.training import MeshConfig, OptimizerConfig, TrainerConfig
 
-  options: dict[str, Any] = {"num_heads": config.num_heads, "objective": config.objective}
-  if config.drafter == "eagle3":
-    if config.own_heads:
-      raise UserError("eagle3 has one head of its own anyway; leave --own-heads out")
-  else:
+  fields = {f.name for f in dataclasses.fields(KINDS[config.drafter])}
+  options: dict[str, Any] = {"num_heads": config.num_heads}
+  shares = "share_head" in fields  # heads that start as the target's, and may simply read it
+  if shares:
     options["share_head"] = not config.own_heads
+  elif config.own_heads:
+    raise UserError(
+      f"{config.drafter} has no choice of heads; leave --own-heads out (medusa and hydra have)"
+    )
+  if config.objective is not None or shares:
+    options["objective"] = config.objective or "soft"
+  options |= dict(parse_option(text) for text in config.options)
   return DistillConfig(
     drafter=config.drafter, options=options, data=config.data, batch_size=config.batch_size,
     seq_len=config.seq_len, num_nodes=config.tree_nodes,
@@ -56,6 +65,21 @@ def settings(config: configs.Distill, mesh: dict[str, int], work_dir: str):
       ),
     ),
   )  # fmt: skip
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+  """``name=value``, the value as in Python (a word that is none is a string).
+
+  Raises:
+    UserError: anything without an equals sign.
+  """
+  name, equals, value = text.partition("=")
+  if not equals or not name.isidentifier():
+    raise UserError(f"--options takes NAME=VALUE, such as depth_decay=0.9, got {text!r}")
+  try:
+    return name, ast.literal_eval(value)
+  except (SyntaxError, ValueError):
+    return name, value
 
 
 def free_folder(parent: str, name: str) -> Path:

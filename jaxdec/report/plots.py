@@ -14,7 +14,7 @@ from jaxdec.errors import UserError
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
 
 
-def _figure(columns: int, width: float, height: float):
+def new_figure(columns: int, width: float, height: float):
   """A figure with its own Agg canvas, whatever backend or style the caller has set."""
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
@@ -35,7 +35,7 @@ def benchmark(rows: Sequence[Mapping[str, Any]], path: str | Path, *, title: str
       ``speedup`` and ``accepted_by_depth`` are read.
     path: PNG to write.
   """
-  figure, (steps, speed, depth) = _figure(3, 12.0, 3.6)
+  figure, (steps, speed, depth) = new_figure(3, 12.0, 3.6)
   names = list(dict.fromkeys(row["drafter"] for row in rows))
   laws = list(dict.fromkeys(row["temperature"] for row in rows))
   height = 0.8 / len(laws)
@@ -113,7 +113,7 @@ def curves(runs: Sequence[str | Path], path: str | Path) -> Path:
   if not series:
     raise UserError(f"no numbers to plot in {', '.join(str(run) for run in runs)}")
   keys = sorted(series)
-  figure, axes = _figure(len(keys), 3.2 * len(keys), 3.0)
+  figure, axes = new_figure(len(keys), 3.2 * len(keys), 3.0)
   for axis, key in zip(axes, keys):
     for i, (name, (xs, ys)) in enumerate(series[key].items()):
       axis.plot(xs, ys, color=COLORS[i % len(COLORS)], linewidth=1, label=name)

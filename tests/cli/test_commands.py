@@ -14,6 +14,7 @@ import pytest
 import jaxdec
 from jaxdec.cli import main
 from jaxdec.cli.checks import TRAINED, UNTRAINED
+from jaxdec.errors import UserError
 from jaxdec.io.tokenizers import load_tokenizer
 from jaxdec.lm import LM, TINY
 from jaxdec.models import Decoder, tiny_llama
@@ -75,7 +76,7 @@ def test_names_are_the_registrys():
   from jaxdec.drafting.kinds import KINDS
   from jaxdec.parallel.mesh import AXES
 
-  assert tuple(KINDS) == TRAINED
+  assert set(KINDS) == set(TRAINED)
   assert set(names()) - set(KINDS) == {"none", "draft_model", *UNTRAINED}
   assert (*AXES, "dcn_data", "dcn_fsdp") == MESH_AXES
 
@@ -194,3 +195,21 @@ def test_doctor_without_its_device(monkeypatch):
   outcome = run_jaxdec("doctor")
   assert outcome.code == 1 and "Traceback" not in outcome.err + outcome.out
   assert "unset it to fall back to the CPU" in " ".join(outcome.out.split())
+
+
+def test_settings_of_a_drafter():
+  """Shared heads where a drafter has the choice, any other field by NAME=VALUE."""
+  from jaxdec.cli import configs
+  from jaxdec.cli.distilling import parse_option, settings
+
+  job = settings(configs.Distill(options=("num_blocks=2", "init=fan_in")), {}, "runs/x")
+  assert job.options == {
+    "num_heads": 4, "share_head": True, "objective": "soft", "num_blocks": 2, "init": "fan_in"
+  }  # fmt: skip
+  job = settings(configs.Distill(drafter="eagle3", objective="kl"), {}, "runs/x")
+  assert job.options == {"num_heads": 4, "objective": "kl"}
+  assert settings(configs.Distill(drafter="eagle3"), {}, "runs/x").options == {"num_heads": 4}
+  with pytest.raises(UserError, match="leave --own-heads out"):
+    settings(configs.Distill(drafter="eagle3", own_heads=True), {}, "runs/x")
+  with pytest.raises(UserError, match=r"NAME=VALUE, such as depth_decay=0.9, got 'num_blocks'"):
+    parse_option("num_blocks")
