@@ -3,6 +3,7 @@
 
 from jaxdec.drafting.base import Accepted, Context, Drafter, Prompt, Target, TargetOutput
 from jaxdec.drafting.clover import Clover2
+from jaxdec.drafting.clover1 import Clover
 from jaxdec.drafting.dflash import DFlash
 from jaxdec.drafting.draft_model import DraftModel
 from jaxdec.drafting.dynamic_exit import DynamicExit
@@ -35,6 +36,7 @@ for _kind in KINDS.values():
 __all__ = [
   "KINDS",
   "Accepted",
+  "Clover",
   "Clover2",
   "Context",
   "DFlash",

@@ -174,9 +174,12 @@ class Clover2(TrainedDrafter):
       jnp.dtype(self.dtype),
     )
 
-  def init_boxed(self, rng: jax.Array, target: Target) -> Params:
+  def _init_module(self, rng: jax.Array) -> Params:
     x, positions = jnp.zeros((1, 2, self.dim), self.dtype), jnp.zeros((1, 2), jnp.int32)
-    params = self.module.init(rng, x, x, positions)["params"]
+    return self.module.init(rng, x, x, positions)["params"]
+
+  def init_boxed(self, rng: jax.Array, target: Target) -> Params:
+    params = self._init_module(rng)
     norm = final_norm_scale(target)
     for name in ("state_norm", "head_norm"):
       params[name]["scale"] = params[name]["scale"].replace_boxed(norm)

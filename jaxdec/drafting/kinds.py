@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from jaxdec.drafting.clover import Clover2
+from jaxdec.drafting.clover1 import Clover
 from jaxdec.drafting.dflash import DFlash
 from jaxdec.drafting.eagle3 import Eagle3
 from jaxdec.drafting.hydra import Hydra, HydraPlusPlus
@@ -16,6 +17,7 @@ _ALL: tuple[type[TrainedDrafter], ...] = (
   HydraPlusPlus,
   Eagle3,
   DFlash,
+  Clover,
   Clover2,
 )
 

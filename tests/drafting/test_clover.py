@@ -22,8 +22,9 @@ from toy_target import (
 from universal import Universal, forced_logits
 
 from jaxdec.decoding import generate
-from jaxdec.drafting import Clover2, StaticTree
+from jaxdec.drafting import Clover, Clover2, Medusa, StaticTree
 from jaxdec.drafting.clover import TokenAttention, head_rows
+from jaxdec.drafting.losses import cross_entropy
 from jaxdec.drafting.trained import lm_head_kernel
 from jaxdec.mixers import NormConfig
 from jaxdec.mixers.norms import rms_norm
@@ -124,6 +125,42 @@ class TestClover2(Universal):
     grads = jax.grad(lambda p: loss_of(drafter, p, t, output, batch)[0])(params)
     silent = [k for k, g in jax.tree_util.tree_leaves_with_path(grads) if not np.any(g)]
     assert not silent
+
+
+class TestClover(Universal):
+  kind = Clover
+
+  def test_a_fresh_head_is_a_fresh_medusa_head(self):
+    """No noise: nothing is added to the target's state, and each head is the LM head on it."""
+    t, drafter = target(), self.make(init_noise=0.0)
+    medusa = Medusa.for_target(t.model.config, num_heads=3, share_head=True)
+    batch = random_batch(3)
+    output = run(t, batch)
+    for ours, theirs in zip(
+      logits_by_depth(drafter, init(drafter, t), t, output, batch),
+      logits_by_depth(medusa, init(medusa, t), t, output, batch),
+    ):
+      np.testing.assert_allclose(ours, theirs, atol=2e-6)
+
+  def test_every_depth_has_weights_of_its_own(self):
+    """The loss at depth k trains attention decoders 1..k and head k, no other head."""
+    drafter, t = self.make(), target()
+    params, batch = self.params(drafter), random_batch(0)
+    output = run(t, batch)
+    grads = jax.jit(jax.jacrev(lambda p: loss_of_depths(drafter, p, t, output, batch)))(params)
+    for k in range(3):
+      for j in range(3):
+        head = np.any(grads[f"residual_{j}"]["kernel"][k])
+        attend = np.any(grads[f"attend_{j}"]["v"]["kernel"][k])
+        assert head == (j == k) and attend == (j <= k)
+
+
+def loss_of_depths(drafter, params, t, output, batch):
+  """Cross-entropy of each depth, ``[K]``."""
+  logits = logits_by_depth(drafter, params, t, output, batch)
+  return jnp.stack(
+    [jnp.mean(cross_entropy(x, batch["tokens"][:, 1 + k :])) for k, x in enumerate(logits, 1)]
+  )
 
 
 @pytest.mark.slow
