@@ -10,11 +10,15 @@ from jaxdec.drafting.dynamic_exit import DynamicExit
 from jaxdec.drafting.dynamic_tree import DynamicTree
 from jaxdec.drafting.eagle3 import Eagle3
 from jaxdec.drafting.early_exit import EarlyExit
+from jaxdec.drafting.hidden_transfer import HiddenTransfer
 from jaxdec.drafting.hydra import Hydra, HydraPlusPlus
 from jaxdec.drafting.kinds import KINDS
+from jaxdec.drafting.masked_mtp import MaskedMTP
 from jaxdec.drafting.medusa import Medusa
 from jaxdec.drafting.merge import merge_paths
 from jaxdec.drafting.objectives import Term
+from jaxdec.drafting.ppd import PPD
+from jaxdec.drafting.ppd_tree import SparseTrees
 from jaxdec.drafting.prompt_lookup import PromptLookup
 from jaxdec.drafting.registry import get, names, register
 from jaxdec.drafting.selection import argmax, top_k
@@ -35,6 +39,7 @@ for _kind in KINDS.values():
 
 __all__ = [
   "KINDS",
+  "PPD",
   "Accepted",
   "Clover",
   "Clover2",
@@ -47,11 +52,14 @@ __all__ = [
   "DynamicTree",
   "Eagle3",
   "EarlyExit",
+  "HiddenTransfer",
   "Hydra",
   "HydraPlusPlus",
+  "MaskedMTP",
   "Medusa",
   "Prompt",
   "PromptLookup",
+  "SparseTrees",
   "StaticTree",
   "Target",
   "TargetOutput",
