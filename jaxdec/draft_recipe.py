@@ -11,9 +11,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from jaxdec.distillation import make_drafter
+from jaxdec.drafting.base import Target
 from jaxdec.errors import UserError
 from jaxdec.training.recipe import Recipe
 from jaxdec.training.tasks.distill import Distill
@@ -25,6 +28,11 @@ class Planned(Distill):
   def __init__(self, drafter: Any, model: Any, abstract: Any):
     self.drafter, self.model = drafter, model
     self._target_params, self._fingerprint = abstract, {"weights": None}
+
+  def init(self, rng: jax.Array) -> Any:
+    # Traced, never run: zeros stand for weights that a drafter starts from.
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nn.unbox(self._target_params))
+    return self.drafter.init_boxed(rng, Target(self.model, params, None))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

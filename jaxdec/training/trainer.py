@@ -221,8 +221,9 @@ class Trainer:
       name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding_of(x))
       for name, x in batch.items()
     }
+    frozen = self.abstract_frozen  # outside the context, in which unboxing places arrays
     with self._context():
-      traced = self._program().trace(self.abstract, self.abstract_frozen, batch)
+      traced = self._program().trace(self.abstract, frozen, batch)
       return traced.lower(lowering_platforms=(platform,) if platform else None)
 
   def evaluate(self, params: Any, frozen: Any) -> dict[str, Any]:
