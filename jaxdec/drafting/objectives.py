@@ -18,6 +18,8 @@ drafter's prediction of it, a term is one number a slot:
                     option: K, 10 (ViSpec, arXiv 2509.15235)
   ``smooth_l1``     mean over D of SmoothL1(f - h) (EAGLE, arXiv 2401.15077)
   ``mse``           mean over D of ``(f - h)^2``
+  ``confidence``    ``-alpha log c - (1 - alpha) log(1 - c)``, alpha detached: c, the drafter's own
+                    guess of alpha, learns to say it (DSpark, arXiv 2607.05147)
   ================  ============================================================================
 
 Where the drafter has a draft vocabulary S, p is renormalised over S in ``soft``, ``kl``, ``top_k``
@@ -28,6 +30,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +51,7 @@ class Slots:
     labels: the text's tokens, as numbers of the draft vocabulary.
     weights: 1.0 where the slot counts.
     predicted, hidden: the drafter's prediction of the target's post-norm state, and that state.
+    confidence: log-odds of the drafter's guess of ``alpha``, where it makes one.
   """
 
   logits: Float[Array, "B S V"]
@@ -57,6 +61,7 @@ class Slots:
   predicted: Float[Array, "B S D"]
   hidden: Float[Array, "B S D"]
   mass: Float[Array, "B S"] | None = None
+  confidence: Float[Array, "B S"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,18 +76,30 @@ class Term:
 Objective = str | tuple[Term, ...]
 
 
+def _confidence(s: Slots, _):
+  if s.confidence is None:
+    raise UserError("objective term 'confidence' is for drafters with a confidence head")
+  alpha = jax.lax.stop_gradient(losses.overlap(s.logits, s.teacher, s.mass))
+  return jax.nn.softplus(s.confidence) - alpha * s.confidence
+
+
 def _soft(s: Slots, temperature: float | None):
   return losses.soft_cross_entropy(s.logits / (temperature or 1.0), s.teacher)
 
 
-def _lk(s: Slots, eta: float | None):
-  alpha = losses.overlap(s.logits, s.teacher, s.mass)
-  mean = jax.lax.stop_gradient(losses.masked_mean(alpha, s.weights))
+def _lk(s: Slots, _):
+  return losses.kl_divergence(s.logits, s.teacher), losses.overlap(s.logits, s.teacher, s.mass)
+
+
+def _lk_of_depth(parts, weights: Float[Array, "B S"], eta: float | None):
+  kl, alpha = parts
+  mean = jax.lax.stop_gradient(losses.masked_mean(alpha, weights))
   share = jnp.exp(-(3.0 if eta is None else eta) * mean)
-  return share * losses.kl_divergence(s.logits, s.teacher) + (1 - share) * (1 - alpha)
+  return share * kl + (1 - share) * (1 - alpha)
 
 
-TERMS: dict[str, Callable[[Slots, float | None], Float[Array, "B S"]]] = {
+# Terms of a slot by itself; what ``COMBINED`` names gives the parts of a term of the whole depth.
+TERMS: dict[str, Callable[[Slots, float | None], Any]] = {
   "hard": lambda s, _: losses.cross_entropy(s.logits, s.labels),
   "soft": _soft,
   "kl": lambda s, _: losses.kl_divergence(s.logits, s.teacher),
@@ -93,7 +110,10 @@ TERMS: dict[str, Callable[[Slots, float | None], Float[Array, "B S"]]] = {
   "list_mle": lambda s, k: losses.list_mle(s.logits, s.teacher, int(k or 10)),
   "smooth_l1": lambda s, _: losses.smooth_l1(s.predicted, s.hidden),
   "mse": lambda s, _: losses.squared_error(s.predicted, s.hidden),
+  "confidence": _confidence,
 }
+
+COMBINED = {"lk": _lk_of_depth}
 
 
 def parse(objective: Objective) -> tuple[Term, ...]:
@@ -119,9 +139,22 @@ def needs_labels(objective: Objective) -> bool:
   return any(t.name == "hard" for t in parse(objective))
 
 
+def parts(objective: Objective, slots: Slots) -> tuple[Any, ...]:
+  """What each term needs of a slot, arrays ``[B,S]``: a depth may be cut into pieces of slots."""
+  return tuple(TERMS[t.name](slots, t.option) for t in parse(objective))
+
+
+def combine(objective: Objective, parts: tuple[Any, ...], weights: Float[Array, "B S"]):
+  """The objective at every slot of a depth from the ``parts`` of all its slots: ``[B,S]``."""
+  return sum(
+    t.weight * (COMBINED[t.name](part, weights, t.option) if t.name in COMBINED else part)
+    for t, part in zip(parse(objective), parts)
+  )
+
+
 def value(objective: Objective, slots: Slots) -> Float[Array, "B S"]:
   """The objective at every slot."""
-  return sum(t.weight * TERMS[t.name](slots, t.option) for t in parse(objective))
+  return combine(objective, parts(objective, slots), slots.weights)
 
 
 def dpace_weights(

@@ -22,7 +22,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Float, Int
 
 from jaxdec.drafting import objectives
@@ -30,6 +29,7 @@ from jaxdec.drafting.base import Context, Drafter, DraftState, Params, Target, T
 from jaxdec.drafting.dynamic_tree import DynamicTree, Step, expand_dynamic, expand_static
 from jaxdec.drafting.losses import label_rank, masked_mean, overlap
 from jaxdec.drafting.objectives import Objective, Slots
+from jaxdec.drafting.pieces import Example, piecewise
 from jaxdec.drafting.selection import argmax
 from jaxdec.drafting.static_tree import StaticTree
 from jaxdec.drafting.tree import Tree
@@ -39,26 +39,6 @@ from jaxdec.models.config import DecoderConfig
 
 NUM_RANKS = 10  # ranks told apart by ``accuracy``: as many children as any static tree gives a node
 OVERLAP_STRIDE = 8  # the overlap metric needs two more softmaxes: every 8th slot estimates it
-
-
-@struct.dataclass
-class Example:
-  """What is learned at one depth: S slots a row, wherever they lie in the text.
-
-  Attributes:
-    depth: 1-based; ``head`` gets it, and metrics are named by it.
-    states: what ``head`` reads (a pytree whose leaves begin with ``[B,S]``).
-    labels: the token of the text that the draft should be.
-    teacher: the target's logits at the position before it, ``hidden`` its post-norm state there.
-    weights: 1.0 where the slot counts; other numbers weigh it.
-  """
-
-  depth: int = struct.field(pytree_node=False)
-  states: Any
-  labels: Int[Array, "B S"]
-  teacher: Float[Array, "B S V"]
-  hidden: Float[Array, "B S D"]
-  weights: Float[Array, "B S"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -265,7 +245,8 @@ class TrainedDrafter(Drafter):
     """The objective over all depths, ``sum_k depth_decay^k mean_t``, and metrics.
 
     Args:
-      output: the target over ``batch["tokens"]``: hidden, features and logits of every position.
+      output: the target over ``batch["tokens"]``: hidden and features of every position. Logits are
+        not needed: its law is computed from ``hidden`` (``jaxdec.drafting.pieces``).
       batch: ``tokens``, ``segment_ids``, ``positions``, ``loss_mask``, all ``[B, T]``.
       rng: dropout and the choice of slots; None: neither (evaluation).
 
@@ -275,34 +256,49 @@ class TrainedDrafter(Drafter):
       Also ``tokens_per_step = 1 + sum_k prod_{i<=k} top1_i`` (``tau_sim``), the mean length of a
       chain were the depths independent, and ``weight``, the number of labelled slots of depth 1.
     """
-    values, weights, depths, label_probs, weight = [], [], [], [], None
-    by_depth = {"depth_loss": [], "top1": [], "top5": [], "overlap": []}
-    for example in self.examples(params, target, output, batch, rng):
+    examples = list(self.examples(params, target, output, batch, rng))
+
+    def measure(example):
       slots, best = self._slots(params, target, example)
-      value = objectives.value(self.objective, slots)
-      detached = jax.lax.stop_gradient(slots.logits)
-      if self.weighting == "dpace":
-        picked = jnp.take_along_axis(detached, slots.labels[..., None], axis=-1)[..., 0]
-        label_probs.append(jnp.exp(picked - jax.nn.logsumexp(detached, axis=-1)))
+      detached, w = jax.lax.stop_gradient(slots.logits), slots.weights
       rank = label_rank(detached, best)
       some = (slice(None), slice(None, None, OVERLAP_STRIDE))
-      shared = overlap(
-        detached[some], slots.teacher[some], None if slots.mass is None else slots.mass[some]
-      )
-      by_depth["depth_loss"].append(jax.lax.stop_gradient(masked_mean(value, slots.weights)))
-      by_depth["top1"].append(masked_mean(rank == 0, slots.weights))
-      by_depth["top5"].append(masked_mean(rank < 5, slots.weights))
-      by_depth["overlap"].append(masked_mean(shared, slots.weights[some]))
-      weight = jnp.sum(slots.weights) if weight is None else weight
-      values.append(value)
-      weights.append(slots.weights)
-      depths.append(example.depth)
-    if self.weighting == "dpace":
-      weights = objectives.dpace_weights(label_probs, weights)
-    metrics = {name: jnp.stack(rows) for name, rows in by_depth.items()}
+      mass = None if slots.mass is None else slots.mass[some]
+      shared = overlap(detached[some], slots.teacher[some], mass)
+      sums = {
+        "top1": (jnp.sum((rank == 0) * w), jnp.sum(w)),
+        "top5": (jnp.sum((rank < 5) * w), jnp.sum(w)),
+        "overlap": (jnp.sum(shared * w[some]), jnp.sum(w[some])),
+      }
+      label_prob = None
+      if self.weighting == "dpace":
+        picked = jnp.take_along_axis(detached, slots.labels[..., None], axis=-1)[..., 0]
+        label_prob = jnp.exp(picked - jax.nn.logsumexp(detached, axis=-1))
+      return (objectives.parts(self.objective, slots), w, label_prob), sums
+
+    results = self._piecewise(measure, target, examples)
+    weights = [w for (_, w, _), _ in results]
+    values = [objectives.combine(self.objective, parts, w) for (parts, w, _), _ in results]
+    metrics = {
+      name: jnp.stack([total / jnp.maximum(count, 1.0) for total, count in rows])
+      for name, rows in ((n, [sums[n] for _, sums in results]) for n in ("top1", "top5", "overlap"))
+    }
+    metrics["depth_loss"] = jax.lax.stop_gradient(
+      jnp.stack([masked_mean(v, w) for v, w in zip(values, weights)])
+    )
     metrics["tokens_per_step"] = 1 + jnp.sum(jnp.cumprod(metrics["top1"]))
-    metrics["weight"] = weight
-    return self._total(values, weights, depths), metrics
+    metrics["weight"] = jnp.sum(weights[0])
+    if self.weighting == "dpace":
+      weights = objectives.dpace_weights([p for (_, _, p), _ in results], weights)
+    return self._total(values, weights, [e.depth for e in examples]), metrics
+
+  def _piecewise(self, measure, target: Target, examples):
+    def law(hidden):
+      return jax.lax.stop_gradient(
+        target.model.apply({"params": target.params}, hidden, method="unembed")
+      )
+
+    return piecewise(measure, examples, law, self.vocab_size)
 
   def _total(self, values, weights, depths):
     factors = [self.depth_decay**depth for depth in depths]
@@ -318,14 +314,16 @@ class TrainedDrafter(Drafter):
 
     Columns are disjoint (their sum is the top-R accuracy): what ``greedy_tree`` reads.
     """
-    table, counts = [], []
-    for example in self.examples(params, target, output, batch, None):
+
+    def measure(example):
       slots, best = self._slots(params, target, example)
       hit = jax.nn.one_hot(label_rank(slots.logits, best), NUM_RANKS) * slots.weights[..., None]
-      count = jnp.sum(slots.weights)
-      table.append(jnp.sum(hit, axis=(0, 1)) / jnp.maximum(count, 1.0))
-      counts.append(count)
-    return jnp.stack(table), jnp.stack(counts)
+      return None, (jnp.sum(hit, axis=(0, 1)), jnp.sum(slots.weights))
+
+    examples = self.examples(params, target, output, batch, None)
+    sums = [x for _, x in self._piecewise(measure, target, examples)]
+    counts = jnp.stack([count for _, count in sums])
+    return jnp.stack([hits for hits, _ in sums]) / jnp.maximum(counts, 1.0)[:, None], counts
 
   def examples(
     self,
@@ -342,8 +340,6 @@ class TrainedDrafter(Drafter):
         f"sequences of {tokens.shape[1]} tokens are too short to train {self.num_heads} draft "
         f"depths; use at least {self.num_heads + 2}"
       )
-    if output.logits is None:
-      raise UserError("training a drafter needs the target's logits at every position")
     dropout = slots_rng = None
     if rng is not None:
       dropout, slots_rng = jax.random.split(rng)
@@ -352,15 +348,16 @@ class TrainedDrafter(Drafter):
         k,
         states,
         tokens[:, 1 + k :],
-        output.logits[:, k:-1],
+        None if output.logits is None else output.logits[:, k:-1],
         output.hidden[:, k:-1],
         label_weights(batch, k, prefix=self.sequential),
+        start=k,
       )
       if self.loss_fraction < 1 and rng is not None:
         width = example.labels.shape[1]
         count = max(1, round(self.loss_fraction * width))
         slots = jax.random.permutation(jax.random.fold_in(slots_rng, k), width)[:count]
-        example = jax.tree.map(lambda x, slots=slots: x[:, slots], example)
+        example = jax.tree.map(lambda x, slots=slots: x[:, slots], example.replace(start=None))
       yield example
 
   def _slots(self, params, target, example: Example) -> tuple[Slots, Int[Array, "B S"]]:
