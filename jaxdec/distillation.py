@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxdec.data import Corpus, Share, make_dataset, open_source, tokenize_documents
+from jaxdec.data import Corpus, Share
+from jaxdec.data.mixture import Mixture, load_data, make_batches
 from jaxdec.drafting.base import Params
 from jaxdec.drafting.kinds import KINDS
 from jaxdec.drafting.trained import TrainedDrafter
@@ -30,7 +31,10 @@ class DistillConfig:
 
   Attributes:
     drafter: medusa, hydra, hydra++ or eagle3. options: fields of that drafter.
-    data: see ``jaxdec.data.open_source``.
+    data: text (``jaxdec.data.open_source``), a JSONL file of conversations
+      (``jaxdec.data.chat``), a folder of ``jaxdec regenerate``; or a mixture of them, such as
+      ``"0.7*answers + 0.3*python_stdlib"``. Of conversations and answers only what the assistant
+      says is learned.
     batch_size, seq_len: of the training batches.
     num_nodes: size of the static tree chosen from the measured accuracies, root included; a drafter
       that grows its own dynamic tree keeps it.
@@ -62,14 +66,13 @@ class Distilled:
 class Corpora:
   """Tokenised training and held-out text."""
 
-  train: Corpus
-  validation: Corpus
+  train: Corpus | Mixture
+  validation: Corpus | Mixture
 
 
 def load_corpora(data: str, tokenizer: Any) -> Corpora:
-  """Both splits of a source, tokenised (and kept on disk for the next run)."""
-  return Corpora(*(tokenize_documents(open_source(data, s), tokenizer)
-                   for s in ("train", "validation")))  # fmt: skip
+  """Both splits of ``DistillConfig.data``, tokenised; text is kept on disk for the next run."""
+  return Corpora(*(load_data(data, split, tokenizer) for split in ("train", "validation")))
 
 
 def make_drafter(config: DistillConfig, target: Any) -> TrainedDrafter:
@@ -122,7 +125,7 @@ def make_trainer(
     task,
     config.trainer,
     data=_Watched(
-      make_dataset(corpora.train, seed=config.trainer.seed, share=share, **shape), watch
+      make_batches(corpora.train, seed=config.trainer.seed, share=share, **shape), watch
     ),
     eval_data=functools.partial(held_out, corpora, config, share),
     mesh=mesh,
@@ -133,7 +136,7 @@ def make_trainer(
 
 def held_out(corpora: Corpora, config: DistillConfig, share: Share | None = None):
   """The evaluation batches, the same ones every time."""
-  batches = make_dataset(
+  batches = make_batches(
     corpora.validation, batch_size=config.batch_size, seq_len=config.seq_len, shuffle=False,
     num_epochs=1, share=share,
   )  # fmt: skip
@@ -181,7 +184,7 @@ def seconds_per_step(model: Any, params: Any, corpora: Corpora, config: DistillC
   import jax
 
   trainer, _ = make_trainer(model, params, corpora, config)
-  state, batches = trainer.init_state(), make_dataset(
+  state, batches = trainer.init_state(), make_batches(
     corpora.train, batch_size=config.batch_size, seq_len=config.seq_len
   )  # fmt: skip
   frozen, batch = trainer.place_frozen(), next(batches)

@@ -35,6 +35,8 @@ def check(config: Any) -> None:
     from jaxdec.slices import parse
 
     parse(fields["topology"])
+  if fields.get("to") is not None:
+    _layout(fields["to"])
   if fields.get("mesh") is not None:
     mesh_axes(fields["mesh"])
   for name in (fields.get("drafters") or "").split(","):
@@ -61,6 +63,14 @@ def check(config: Any) -> None:
     if "work_dir" not in fields:
       for name in (fields.get("drafters") or fields.get("drafter") or "").split(","):
         drafter_fits(name.strip(), folder)
+
+
+def _layout(name: str) -> None:
+  from jaxdec.io.drafters import LAYOUTS
+
+  known = ("jaxdec", "speculators", *LAYOUTS)
+  if name not in known:
+    raise UserError(f"no layout {name!r}{nearest(name, known)}; known: {', '.join(known)}")
 
 
 def _numbers(fields: dict[str, Any]) -> None:
@@ -239,12 +249,15 @@ def texts(given: tuple[str, ...], path: str | None, needed: bool = True) -> list
 
 
 def _data(data: str) -> None:
-  if data == "python_stdlib" or data.startswith("tfds:") or Path(data).expanduser().exists():
-    return
-  raise UserError(
-    f"data {data!r} does not exist{nearest(data, ['python_stdlib'])}; give a folder, a file, "
-    "tfds:NAME, or python_stdlib"
-  )
+  from jaxdec.data.sources import parse_mixture
+
+  for _, name in parse_mixture(data):
+    if name == "python_stdlib" or name.startswith("tfds:") or Path(name).expanduser().exists():
+      continue
+    raise UserError(
+      f"data {name!r} does not exist{nearest(name, ['python_stdlib'])}; give a folder, a file, "
+      "tfds:NAME, or python_stdlib"
+    )
 
 
 def _folder_to_write(option: str, path: str) -> None:

@@ -179,6 +179,40 @@ def distill(config: configs.Distill) -> int:
     return run(config, axes, _load(config.model, config.dtype, make_mesh(**axes)))
 
 
+def regenerate(config: configs.Regenerate) -> int:
+  from jaxdec.regenerate import RegenerateConfig
+  from jaxdec.regenerate import regenerate as run
+
+  fields = dataclasses.asdict(config)
+  model, dtype = fields.pop("model"), fields.pop("dtype")
+  settings = RegenerateConfig(**fields)
+  done = run(_load(model, dtype), settings)
+  print(
+    f"{done.found + done.rows} prompts answered ({done.found} of them before, {done.left_out} too "
+    f"long), {done.tokens_per_step:.2f} tokens per step; train on them with\n"
+    f"  jaxdec distill --model {model} --data {config.output}"
+  )
+  return 0
+
+
+def convert(config: configs.Convert) -> int:
+  from jaxdec.drafting import Target
+  from jaxdec.drafting.checkpoint import save_drafter
+  from jaxdec.io.drafters import write_drafter
+
+  lm = _load(config.model)
+  drafter, params = lm.drafter(config.drafter)
+  if config.to == "jaxdec":
+    save_drafter(config.output, drafter, params, Target(lm.model, lm.params, None))
+  else:
+    write_drafter(
+      config.output, drafter, params, layout=config.to, target=lm.config,
+      verifier=config.verifier or config.model, dtype=config.dtype,
+    )  # fmt: skip
+  print(f"wrote the {drafter.name} drafter in {config.drafter} as {config.to} to {config.output}")
+  return 0
+
+
 def plan(config: configs.Plan) -> int:
   from jaxdec.cli.planning import run
 

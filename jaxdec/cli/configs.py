@@ -121,6 +121,55 @@ class Distill:
 
 
 @dataclasses.dataclass(frozen=True)
+class Regenerate(Sampling):
+  """Let a model answer prompts: training data for its drafters (distill --data OUTPUT)."""
+
+  model: str = "tiny"
+  """Folder in Hugging Face layout, or 'tiny'."""
+  data: str = "python_stdlib"
+  """JSONL file of {"messages": [...]} or {"prompt": "..."} lines, whose assistant turns are written
+  anew; or a data source to cut prompts from (see --num-prompts)."""
+  output: str = "regenerated"
+  """Folder of the answers; one that holds the same run is continued."""
+  num_prompts: int | None = None
+  """Prompts to answer: the first of a JSONL file (all by default), or cut from a data source."""
+  prompt_tokens: int = 64
+  """Tokens of a prompt that is cut from a data source."""
+  max_new_tokens: int = 512
+  """Upper limit on the tokens of an answer."""
+  batch_size: int = 8
+  """Prompts decoded together."""
+  shards: int = 1
+  """Files, which several processes can share."""
+  drafter: str | None = None
+  """Drafter name or folder: faster, the same answers."""
+  dtype: Dtype = "float32"
+  """Weights and activations; 'auto' keeps what the files hold."""
+  process_id: int = 0
+  """This process's number, where several share the files; each needs its own accelerator."""
+  num_processes: int = 1
+  """How many processes share the files."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+  """Rewrite a draft head in another layout: ours, or one that servers read."""
+
+  output: tyro.conf.Positional[str]
+  """Folder to write."""
+  drafter: str
+  """Folder of a distilled run, or of a draft head in any of the layouts."""
+  to: str = "speculators"
+  """jaxdec, speculators, medusa, medusa_original, eagle, eagle3 or dflash."""
+  model: str = "tiny"
+  """Folder of the model it drafts for, in Hugging Face layout, or 'tiny'."""
+  verifier: str | None = None
+  """Name or path of that model to write down, for layouts that hold it; by default --model."""
+  dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+  """Stored type of the parameters."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Train:
   """Train the language model of a configuration file, or resume what its folder holds."""
 
@@ -247,6 +296,8 @@ COMMANDS: dict[str, type] = {
   "train": Train,
   "plan": Plan,
   "distill": Distill,
+  "regenerate": Regenerate,
+  "convert": Convert,
   "bench": Bench,
   "verify": Verify,
   "plot": Plot,

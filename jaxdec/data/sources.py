@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,3 +44,28 @@ def open_source(
       "use python_stdlib, tfds:NAME, or the path of an existing folder"
     )
   return text_folder.sources(name, split, field=field)
+
+
+def parse_mixture(text: str) -> list[tuple[float, str]]:
+  """``"0.7*runs/answers + 0.3*python_stdlib"`` as weights and names; a bare name weighs 1.
+
+  Raises:
+    UserError: a part without a name, or a weight that is no positive number.
+  """
+  parts = text.split(" + ") if "*" in text else [text]
+  out = []
+  for part in parts:
+    weight, star, name = part.strip().partition("*")
+    if not star:
+      weight, name = "1", part.strip()
+    try:
+      number = float(weight)
+    except ValueError:
+      number = math.nan
+    if not name.strip() or not 0 < number < math.inf:
+      raise UserError(
+        f"a mixture is written WEIGHT*SOURCE + WEIGHT*SOURCE, such as 0.7*answers + "
+        f"0.3*python_stdlib, got {text!r}"
+      )
+    out.append((number, name.strip()))
+  return out

@@ -41,7 +41,8 @@ HEADERS = """{{- bos_token }}
 
 # No generation prompt at all: the answer follows its question.
 BRACKETS = """{% for m in messages %}{% if m.role == 'user' %}
-{{- '<s>[INST] ' + m.content + ' [/INST]' }}{% elif m.role == 'assistant' %}{{ ' ' + m.content + ' </s>' }}{% else %}
+{{- '<s>[INST] ' + m.content + ' [/INST]' }}{% elif m.role == 'assistant' %}
+{{- ' ' + m.content + ' </s>' }}{% else %}
 {{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"""
 
 # Reasoning of earlier turns is dropped once another question follows.
