@@ -2,12 +2,14 @@
 """Who guesses: the drafter contract, draft trees, and the built-in drafters by name."""
 
 from jaxdec.drafting.base import Accepted, Context, Drafter, Prompt, Target, TargetOutput
+from jaxdec.drafting.chimera import Chimera
 from jaxdec.drafting.clover import Clover2
 from jaxdec.drafting.clover1 import Clover
 from jaxdec.drafting.dflash import DFlash
 from jaxdec.drafting.draft_model import DraftModel
 from jaxdec.drafting.dynamic_exit import DynamicExit
 from jaxdec.drafting.dynamic_tree import DynamicTree
+from jaxdec.drafting.eagle import Eagle
 from jaxdec.drafting.eagle3 import Eagle3
 from jaxdec.drafting.early_exit import EarlyExit
 from jaxdec.drafting.hidden_transfer import HiddenTransfer
@@ -41,6 +43,7 @@ __all__ = [
   "KINDS",
   "PPD",
   "Accepted",
+  "Chimera",
   "Clover",
   "Clover2",
   "Context",
@@ -50,6 +53,7 @@ __all__ = [
   "Drafter",
   "DynamicExit",
   "DynamicTree",
+  "Eagle",
   "Eagle3",
   "EarlyExit",
   "HiddenTransfer",

@@ -3,22 +3,34 @@
 
 from __future__ import annotations
 
+from jaxdec.drafting.chimera import Chimera
 from jaxdec.drafting.clover import Clover2
 from jaxdec.drafting.clover1 import Clover
 from jaxdec.drafting.dflash import DFlash
+from jaxdec.drafting.dspark import DSpark
+from jaxdec.drafting.eagle import Eagle
 from jaxdec.drafting.eagle3 import Eagle3
+from jaxdec.drafting.hidden_transfer import HiddenTransfer
 from jaxdec.drafting.hydra import Hydra, HydraPlusPlus
+from jaxdec.drafting.masked_mtp import MaskedMTP
 from jaxdec.drafting.medusa import Medusa
+from jaxdec.drafting.ppd import PPD
 from jaxdec.drafting.trained import TrainedDrafter
 
 _ALL: tuple[type[TrainedDrafter], ...] = (
   Medusa,
   Hydra,
   HydraPlusPlus,
+  Eagle,
   Eagle3,
   DFlash,
+  DSpark,
+  Chimera,
   Clover,
   Clover2,
+  PPD,
+  MaskedMTP,
+  HiddenTransfer,
 )
 
 KINDS: dict[str, type[TrainedDrafter]] = {kind.name: kind for kind in _ALL}
