@@ -21,6 +21,7 @@ from jaxdec.drafting.base import Params, Target
 from jaxdec.drafting.dynamic_tree import DynamicTree
 from jaxdec.drafting.kinds import KINDS
 from jaxdec.drafting.objectives import Term
+from jaxdec.drafting.ppd_tree import SparseTrees
 from jaxdec.drafting.static_tree import StaticTree
 from jaxdec.drafting.trained import TrainedDrafter
 from jaxdec.drafting.vocabulary import DraftVocabulary
@@ -98,6 +99,8 @@ def from_config(config: Mapping[str, Any]) -> TrainedDrafter:
       return AttentionConfig(**{**x, "rope": None if rope is None else RopeConfig(**rope)})
     if name == "vocabulary" and x is not None:
       return DraftVocabulary(x["ids"], x["vocab_size"])
+    if name == "sparse" and x is not None:
+      return SparseTrees.of((t["candidates"]["paths"], t["prompts"]) for t in x["trees"])
     if name == "objective" and isinstance(x, list):
       return tuple(Term(**term) for term in x)
     return tuple(x) if isinstance(x, list) else x

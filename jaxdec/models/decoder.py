@@ -9,6 +9,7 @@ for training, where it keeps compile time independent of depth.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -26,6 +27,8 @@ from jaxdec.models.remat import BLOCK_INPUT, Remat, rematerialised
 from jaxdec.parallel.sequence import SequenceConfig
 
 Embeddings = tuple[Float[Array, "B T D"], Bool[Array, "B T"]]
+# ``(layer, its input, topology) -> the same two``, with rows of the caller's own after those there.
+Insert = Callable[[int, Array, Topology], tuple[Array, Topology]]
 
 
 @struct.dataclass
@@ -315,10 +318,17 @@ class Decoder(nn.Module):
     capture: Capture | tuple[int, ...] = (),
     logits: bool = True,
     embeddings: Embeddings | None = None,
+    insert: Insert | None = None,
   ) -> DecoderOutput:
-    """Reads M tree nodes against the state without changing it; ``pending`` is in the output."""
+    """Reads M tree nodes against the state without changing it; ``pending`` is in the output.
+
+    ``insert`` may append rows that start at some layer; they come after the M nodes in ``hidden``
+    and, from that layer on, in ``pending``, whose commit by path never sees them.
+    """
     x, stream, pendings = self.embed(tokens, embeddings), [], []
-    for layer, layer_state in zip(self.layers, state.layers):
+    for i, (layer, layer_state) in enumerate(zip(self.layers, state.layers)):
+      if insert is not None:
+        x, topology = insert(i, x, topology)
       stream.append(x)
       x, pending = layer.verify(x, layer_state, topology)
       pendings.append(pending)
