@@ -95,8 +95,9 @@ class LM:
       prompts: texts or token-id lists, of any lengths.
       max_new_tokens: never exceeded.
       temperature: 0 is greedy. top_k, top_p, min_p: filters of the law.
-      drafter: None, a built-in name, the folder of a distilled run or of a small decoder, another
-        ``LM`` with the same vocabulary, or a ``Drafter`` (with ``drafter_params`` if trained).
+      drafter: None, a built-in name, the folder of a distilled run, of a draft head in a layout of
+        ``jaxdec.io.drafters`` or of a small decoder, another ``LM`` with the same vocabulary, or a
+        ``Drafter`` (with ``drafter_params`` if trained).
       rule: verification rule; ``match`` is exact for every drafter.
       stop: ``...`` the model's EOS ids; ids or strings are added to them; None never stops early.
       seed: row i draws from ``fold_in(seed, i)``; a list gives each row its own.
@@ -138,6 +139,7 @@ class LM:
     from jaxdec.drafting import DraftModel, Target, get
     from jaxdec.drafting.checkpoint import CONFIG_FILE, load_drafter
     from jaxdec.drafting.kinds import KINDS
+    from jaxdec.io.drafters import find_layout, read_drafter
 
     if isinstance(spec, LM):
       return DraftModel(model=spec.model), spec.params
@@ -156,6 +158,8 @@ class LM:
         raise UserError(f"drafter folder '{spec}' does not exist; give a distilled run's folder")
       return get(str(spec)), None
     if (folder / "config.json").is_file() and not (folder / CONFIG_FILE).is_file():
+      if find_layout(folder) is not None:
+        return read_drafter(folder, self.config, params=self.params)
       return self.drafter(load(folder, dtype=self.model.dtype, need_tokenizer=False))
     return load_drafter(folder, Target(self.model, self.params, None))
 

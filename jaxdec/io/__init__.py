@@ -12,7 +12,9 @@ _LAZY = {
   "load_checkpoint": "jaxdec.io.huggingface",
   "load_tokenizer": "jaxdec.io.tokenizers",
   "open_model": "jaxdec.io.folders",
+  "read_drafter": "jaxdec.io.drafters",
   "save_checkpoint": "jaxdec.io.huggingface",
+  "write_drafter": "jaxdec.io.drafters",
 }
 __all__ = sorted(_LAZY)
 

@@ -107,11 +107,16 @@ def open_model(folder: str | os.PathLike) -> ModelFolder:
     hf_config.parse(fields)
   generation = path / "generation_config.json"
   return ModelFolder(
-    path, fields, read_json(generation) if generation.is_file() else {}, _files(path)
+    path, fields, read_json(generation) if generation.is_file() else {}, weight_files(path)
   )
 
 
-def _files(path: Path) -> dict[str, File]:
+def weight_files(path: Path) -> dict[str, File]:
+  """Tensor name -> the safetensors file that holds it, of one file or an index of several.
+
+  Raises:
+    UserError: no weights, or files that are missing or truncated.
+  """
   if (path / INDEX).is_file():
     index = read_json(path / INDEX).get("weight_map")
     if not isinstance(index, dict):
