@@ -7,6 +7,7 @@ from jaxdec.drafting.clover import Clover2
 from jaxdec.drafting.clover1 import Clover
 from jaxdec.drafting.dflash import DFlash
 from jaxdec.drafting.draft_model import DraftModel
+from jaxdec.drafting.dspark import DSpark
 from jaxdec.drafting.dynamic_exit import DynamicExit
 from jaxdec.drafting.dynamic_tree import DynamicTree
 from jaxdec.drafting.eagle import Eagle
@@ -48,6 +49,7 @@ __all__ = [
   "Clover2",
   "Context",
   "DFlash",
+  "DSpark",
   "DraftModel",
   "DraftVocabulary",
   "Drafter",

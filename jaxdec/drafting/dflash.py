@@ -261,8 +261,6 @@ class DFlash(TrainedDrafter):
         f"sequences of {tokens.shape[1]} tokens are too short to train {self.num_heads} draft "
         f"depths; use at least {self.num_heads + 2}"
       )
-    if output.logits is None:
-      raise UserError("training a drafter needs the target's logits at every position")
     slots, weights = self.anchors(batch, rng)
     hidden = self._drafting(self._blocks(params, target, output, batch, slots))
     for k, states in enumerate(self._states(params, hidden, batch, slots), 1):
@@ -270,7 +268,7 @@ class DFlash(TrainedDrafter):
         k,
         states,
         take_slots(tokens, slots + 1 + k),
-        take_slots(output.logits, slots + k),
+        None if output.logits is None else take_slots(output.logits, slots + k),
         take_slots(output.hidden, slots + k),
         weights[k - 1],
       )
