@@ -34,11 +34,13 @@ from jaxdec.drafting.hydra import draft_attention
 from jaxdec.drafting.objectives import Objective
 from jaxdec.drafting.trained import TrainedDrafter, embed, soft_cap
 from jaxdec.mixers import Attention, AttentionConfig, NormConfig
-from jaxdec.mixers.attention import attention_logits, attention_values, heads_first, visible
+from jaxdec.mixers.attention import heads_first
 from jaxdec.mixers.base import gather_nodes
 from jaxdec.mixers.norms import Dense, RMSNorm
 from jaxdec.models.config import DecoderConfig, MLPConfig
 from jaxdec.models.decoder import MLP
+from jaxdec.parallel.sequence import sharded
+from pallas_kernels.block_sparse_attention import block_sparse_attention
 
 
 class EagleLayer(nn.Module):
@@ -80,28 +82,23 @@ class EagleLayer(nn.Module):
     steps: int,
   ) -> list[Float[Array, "B T D"]]:
     """``g''`` of every slot at every step; the last slots of step j have no token: garbage."""
-    config, t = self.attention_config, features.shape[1]
-    g, index = self.fuse(features), jnp.arange(features.shape[1])[None]
-    mask = visible(index, index, None) & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    outputs, own_keys, own_values = [], [], []
+    c, t = self.attention_config, features.shape[1]
+    # Wide activations are computed again in the backward pass; of a step its queries, keys, values
+    # and what attention gave are kept.
+    project = nn.remat(lambda layer, x, at: layer.attention._project(x, at))
+    finish = nn.remat(lambda layer, g, out: layer._finish(g, layer.attention._output(out, g)))
+    g, states, own = self.fuse(features), [], []
     for j in range(steps):
       shifted = jnp.pad(embedded[:, 1 + j :], ((0, 0), (0, min(1 + j, t)), (0, 0)))
-      x = self._input(shifted, g)
-      q, k, v = self.attention._project(x, positions + j)
+      q, k, v = project(self, self._input(shifted, g), positions + j)
       if j == 0:
-        keys, values = heads_first(k), heads_first(v)
+        context = k, v
       else:
-        own_keys.append(k)
-        own_values.append(v)
-      logits = [attention_logits(q, keys, mask, config)]
-      logits += [_own_slot_logits(q, k, config) for k in own_keys]
-      probs = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1)
-      out = attention_values(probs[..., :t], values, t)
-      for i, own in enumerate(own_values):
-        out = out + _own_slot_values(probs[..., t + i], own)
-      g = self._finish(g, self.attention._output(out, x))
-      outputs.append(g)
-    return outputs
+        own.append((k, v))
+      out, lse = _causal(q, *context, segment_ids, c)
+      g = finish(self, g, _with_own_slots(out, lse, q, own, c))
+      states.append(g)
+    return states
 
   def read(self, features, embedded, state, positions):
     """Reads slots with true features into the cache (position -1: padding)."""
@@ -126,24 +123,49 @@ class EagleLayer(nn.Module):
     return self.logits(self.rollout(features, embedded, positions, segment_ids, 1)[0])
 
 
-def _own_slot_logits(
-  q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], config: AttentionConfig
-) -> Float[Array, "B K R 1"]:
-  """``q_t . k_t``, rows folded as ``attention_logits`` folds them."""
-  b, t, _, h = q.shape
+def _causal(q, k, v, segment_ids, config: AttentionConfig):
+  """Attention over the true slots and the log-sum-exp of its logits, ``[B,T,N,H]``, ``[B,N,T]``."""
+
+  def local(q, k, v, segment_ids):
+    return block_sparse_attention(
+      q, k, v,
+      segment_ids=segment_ids, logit_cap=config.logit_cap, scale=config.scale, return_lse=True,
+    )  # fmt: skip
+
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return local(q, k, v, segment_ids)
+  # XLA can't partition a kernel: each device takes its rows and heads.
+  heads, kv = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
+  names = {"q": heads, "k": kv, "v": kv, "segment_ids": ("batch", None)}
+  arrays = {"q": q, "k": k, "v": v, "segment_ids": segment_ids}
+  return sharded.run(local, arrays, names, (heads, ("batch", "heads", None)))
+
+
+def _with_own_slots(out, lse, q, own, config: AttentionConfig) -> Float[Array, "B T N H"]:
+  """One softmax over the true slots and the drafted keys of a query's own slot.
+
+  With ``out_0`` and log-sum-exp ``l`` of the true slots and ``s_i = q_t . k_t^(i)``, the weights
+  of ``out_0`` and the ``v_t^(i)`` are ``softmax([l, s_1, ..])``: no logits of ``[T,T]`` are held.
+  """
+  if not own:
+    return out
+  b, t, n, h = q.shape
+  groups = n // own[0][0].shape[2]
+  keys, values = (jnp.stack(x, axis=3) for x in zip(*own))  # [B,T,K,J,H]
+  folded = q.reshape(b, t, -1, groups, h)
   scale = config.scale if config.scale is not None else h**-0.5
-  q = q.reshape(b, t, k.shape[2], -1, h)
-  logits = jnp.einsum("btkgh,btkh->bkgt", q, k, preferred_element_type=jnp.float32) * scale
-  return logits.reshape(b, k.shape[2], -1, 1)
-
-
-def _own_slot_values(
-  probs: Float[Array, "B K R"], v: Float[Array, "B T K H"]
-) -> Float[Array, "B T N H"]:
-  b, t, kv, h = v.shape
-  probs = probs.reshape(b, kv, -1, t).astype(v.dtype)
-  out = jnp.einsum("bkgt,btkh->btkgh", probs, v, preferred_element_type=jnp.float32)
-  return out.reshape(b, t, -1, h)
+  logits = scale * jnp.einsum(
+    "btkgh,btkjh->btkgj", folded, keys, preferred_element_type=jnp.float32
+  )
+  if config.logit_cap is not None:
+    logits = config.logit_cap * jnp.tanh(logits / config.logit_cap)
+  first = lse.swapaxes(1, 2).reshape(b, t, -1, groups, 1)
+  weights = jax.nn.softmax(jnp.concatenate([first, logits], axis=-1), axis=-1)
+  drafted = jnp.einsum(
+    "btkgj,btkjh->btkgh", weights[..., 1:], values, preferred_element_type=jnp.float32
+  )
+  return (weights[..., :1] * out.reshape(folded.shape) + drafted).reshape(b, t, n, h)
 
 
 @struct.dataclass

@@ -32,13 +32,13 @@ def run(
   f: Callable[..., jax.Array],
   arrays: dict[str, Any],
   names: dict[str, tuple[str | None, ...]],
-  out: tuple[str | None, ...],
-) -> jax.Array:
+  out: tuple[Any, ...],
+) -> Any:
   """``f(**arrays)`` on every device's block.
 
   Args:
     arrays: by keyword; those that are None stay None. names: logical axes of each.
-    out: logical axes of the result.
+    out: logical axes of the result; of each result where there are several.
 
   Raises:
     UserError: a size that the mesh does not divide, with array, dimension, size and axis.
@@ -55,7 +55,9 @@ def run(
     lambda present: f(**{name: present.get(name) for name in arrays}),
     mesh=mesh,
     in_specs=(specs,),
-    out_specs=rules.spec(out, mesh),
+    out_specs=tuple(rules.spec(x, mesh) for x in out)
+    if isinstance(out[0], tuple)
+    else rules.spec(out, mesh),
     check_vma=False,
   )(present)
 
