@@ -13,6 +13,8 @@ from jaxdec.drafting.dynamic_tree import DynamicTree
 from jaxdec.drafting.eagle import Eagle
 from jaxdec.drafting.eagle3 import Eagle3
 from jaxdec.drafting.early_exit import EarlyExit
+from jaxdec.drafting.fspad import Fspad
+from jaxdec.drafting.hass import Hass
 from jaxdec.drafting.hidden_transfer import HiddenTransfer
 from jaxdec.drafting.hydra import Hydra, HydraPlusPlus
 from jaxdec.drafting.kinds import KINDS
@@ -58,6 +60,8 @@ __all__ = [
   "Eagle",
   "Eagle3",
   "EarlyExit",
+  "Fspad",
+  "Hass",
   "HiddenTransfer",
   "Hydra",
   "HydraPlusPlus",

@@ -10,6 +10,8 @@ from jaxdec.drafting.dflash import DFlash
 from jaxdec.drafting.dspark import DSpark
 from jaxdec.drafting.eagle import Eagle
 from jaxdec.drafting.eagle3 import Eagle3
+from jaxdec.drafting.fspad import Fspad
+from jaxdec.drafting.hass import Hass
 from jaxdec.drafting.hidden_transfer import HiddenTransfer
 from jaxdec.drafting.hydra import Hydra, HydraPlusPlus
 from jaxdec.drafting.masked_mtp import MaskedMTP
@@ -23,6 +25,8 @@ _ALL: tuple[type[TrainedDrafter], ...] = (
   HydraPlusPlus,
   Eagle,
   Eagle3,
+  Fspad,
+  Hass,
   DFlash,
   DSpark,
   Chimera,
