@@ -75,7 +75,7 @@ class Medusa(TrainedDrafter):
     return own_head(params[f"head_{depth - 1}"]["lm_head"], states, self.logit_cap)
 
   def teacher_forced(self, params, target, output, batch, rng=None):
-    hidden = jax.lax.stop_gradient(output.hidden).astype(self.dtype)
+    hidden = output.hidden.astype(self.dtype)  # a target that is tuned too gets gradients
     return [self._residual(params, k, hidden[:, : -1 - k]) for k in range(1, self.num_heads + 1)]
 
   def init_state(self, batch: int, capacity: int) -> MedusaState:
