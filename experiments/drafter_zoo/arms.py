@@ -11,12 +11,20 @@ from typing import Any
 import numpy as np
 
 from jaxdec.distillation import DistillConfig
-from jaxdec.drafting import DynamicTree, StaticTree, greedy_tree
-from jaxdec.drafting.trained import TrainedDrafter
+from jaxdec.drafting import (
+  Drafter,
+  DynamicExit,
+  DynamicTree,
+  EarlyExit,
+  StaticTree,
+  TrainedDrafter,
+  greedy_tree,
+)
+from jaxdec.models import DecoderConfig
 from jaxdec.training import OptimizerConfig, TrainerConfig
 
 CHAIN = 5
-Shapes = dict[str, TrainedDrafter]
+Shapes = dict[str, Drafter]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +71,8 @@ class Arm:
     kind: its registered name. options: fields of it.
     learning_rate: where a method needs another one than the budget's (a few embeddings, say).
     trained_as: the arm whose trained parameters are used; this one differs at decoding only.
-    changed: what differs then. shapes: the trees it is measured with.
+    untrained: makes a drafter that has nothing to train, for the target's configuration.
+    shapes: the trees it is measured with.
   """
 
   name: str
@@ -71,8 +80,8 @@ class Arm:
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   learning_rate: float | None = None
   trained_as: str | None = None
-  changed: Callable[[TrainedDrafter], TrainedDrafter] = lambda drafter: drafter
-  shapes: Callable[[TrainedDrafter, Any], Shapes] = with_trees
+  untrained: Callable[[DecoderConfig], Drafter] | None = None
+  shapes: Callable[[Any, Any], Shapes] = with_trees
 
   def job(self, budget: Budget, work_dir: Path) -> DistillConfig:
     """Its distillation; ``work_dir/name`` is the folder."""
@@ -95,14 +104,41 @@ class Arm:
     )  # fmt: skip
 
 
+def drafts_only(drafter: Drafter, accuracy: Any) -> Shapes:
+  """A drafter whose only shape is its chain."""
+  del accuracy
+  return {"chain5": drafter}
+
+
 _HEADS = {"share_head": True, "objective": "soft"}
 _ALL = (
   Arm(name="medusa", kind="medusa", options=_HEADS),
   Arm(name="hydra", kind="hydra", options=_HEADS),
   Arm(name="hydra++", kind="hydra++", options={"share_head": True, "dropout": 0.0}),
+  Arm(name="clover", kind="clover", options={"objective": "soft"}),
+  Arm(name="clover2", kind="clover2"),
+  Arm(name="chimera", kind="chimera", options={"share_head": True}),
+  Arm(name="eagle", kind="eagle"),
+  Arm(name="eagle2", trained_as="eagle", shapes=with_dynamic_trees),
+  Arm(name="hass", kind="hass"),
+  Arm(name="fspad", kind="fspad"),
+  Arm(name="dovetail", kind="dovetail"),
   Arm(name="eagle3", kind="eagle3"),
-)
+  Arm(name="eagle3_dynamic", trained_as="eagle3", shapes=with_dynamic_trees),
+  Arm(name="dflash", kind="dflash", options={"labels": "from_anchor", "num_anchors": 64}),
+  Arm(name="dspark", kind="dspark", options={"rank": 64, "num_anchors": 64}),
+  Arm(name="ppd", kind="ppd", learning_rate=1e-2),
+  Arm(name="masked_mtp", kind="masked_mtp", options={"rank": 16, "decoding": "linear"}),
+  Arm(name="hidden_transfer", kind="hidden_transfer"),
+  Arm(
+    name="early_exit", shapes=drafts_only,
+    untrained=lambda config: EarlyExit(exit=config.num_layers // 2, num_drafts=CHAIN),
+  ),
+  Arm(name="del", shapes=drafts_only, untrained=lambda config: DynamicExit(max_drafts=CHAIN)),
+)  # fmt: skip
 ARMS: dict[str, Arm] = {arm.name: arm for arm in _ALL}
+# Registered drafters that take no part, and why.
+LEFT_OUT: dict[str, str] = {}
 # (larger, smaller, strictly): the published order, each pair on the same prompts.
 CLAIMS = (
   ("hydra", "medusa", True),

@@ -82,17 +82,6 @@ def training_facts(lm: Any, arm: Arm, budget: Budget, corpora: Corpora, work_dir
   }
 
 
-def evaluate(lm: Any, arm: Arm, drafter: Any, params: Any, accuracy: Any, prompts, budget: Budget):
-  """Rows of every tree: counts, agreement with plain decoding, times in turn with it."""
-  arms = [bench.Arm(name, shaped, params) for name, shaped in arm.shapes(drafter, accuracy).items()]
-  return bench.run(
-    lm.model, lm.params, arms, prompts,
-    bench.BenchConfig(
-      max_new_tokens=budget.new_tokens, temperatures=(0.0,), repeats=budget.repeats
-    ),
-  )  # fmt: skip
-
-
 def draft_share(lm: Any, drafter: Any, params: Any, prompt: Any, budget: Budget) -> float:
   """Per cent of decoding that is the drafter's."""
   out = lm.generate(
@@ -107,25 +96,30 @@ def one(lm: Any, arm: Arm, budget: Budget, corpora: Corpora, prompts, folder: Pa
   kept = folder / f"{arm.name}.json"
   if kept.is_file():
     return json.loads(kept.read_text(encoding="utf-8"))
-  began = time.perf_counter()
-  source = ARMS[arm.trained_as or arm.name]
-  facts = training_facts(lm, source, budget, corpora, folder)
-  done = train(lm, source, budget, corpora, folder)
-  if done is None:
-    return None
-  run = Path(source.job(budget, folder).trainer.work_dir)
-  accuracy = json.loads((run / CONFIG_FILE).read_text(encoding="utf-8")).get("accuracy")
-  drafter, params = load_drafter(run, Target(lm.model, lm.params, None))
-  drafter = arm.changed(drafter)
-  rows = evaluate(lm, arm, drafter, params, accuracy, prompts, budget)
+  began, accuracy, params = time.perf_counter(), None, {}
+  if arm.untrained is not None:
+    drafter, facts = arm.untrained(lm.config), {"parameters": 0}
+  else:
+    source = ARMS[arm.trained_as or arm.name]
+    facts = training_facts(lm, source, budget, corpora, folder)
+    done = train(lm, source, budget, corpora, folder)
+    if done is None:
+      return None
+    run = Path(source.job(budget, folder).trainer.work_dir)
+    accuracy = json.loads((run / CONFIG_FILE).read_text(encoding="utf-8")).get("accuracy")
+    drafter, params = load_drafter(run, Target(lm.model, lm.params, None))
+    facts["tau_sim"] = float(np.asarray(done.result.metrics.get("tokens_per_step", np.nan)))
+    facts["train_tokens_per_second"] = speed(run)
   shapes = arm.shapes(drafter, accuracy)
+  arms = [bench.Arm(name, shaped, params) for name, shaped in shapes.items()]
+  settings = bench.BenchConfig(
+    max_new_tokens=budget.new_tokens, temperatures=(0.0,), repeats=budget.repeats
+  )
   facts |= {
     "drafter": arm.name,
     "accuracy": accuracy,
-    "tau_sim": float(np.asarray(done.result.metrics.get("tokens_per_step", np.nan))),
-    "train_tokens_per_second": speed(run),
     "draft_share": draft_share(lm, next(iter(shapes.values())), params, prompts[0], budget),
-    "rows": rows,
+    "rows": bench.run(lm.model, lm.params, arms, prompts, settings),
     "seconds": time.perf_counter() - began,
   }
   text = json.dumps(facts, indent=1, default=float)
@@ -217,6 +211,7 @@ def main() -> int:
     if result is None:
       return 130
     results.append(result)
+    jax.clear_caches()  # three trees of each drafter: programs nothing will run again
     row = flat(result)
     told = [f"{tree} {row[tree]}" for tree in ("chain5", "tree16", "tree64") if tree in row]
     print(f"{name}: {', '.join(told)} in {result['seconds']:.0f} s", flush=True)
