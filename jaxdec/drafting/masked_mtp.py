@@ -18,9 +18,10 @@ the last term pulling z_j to the state z that the target itself has where it pre
 there whatever was accepted; ``linear`` hangs them behind the last draft alone, and after a draft
 that failed one step has nothing to verify.
 
-Decided here: masks of a group see earlier masks; alpha = r by default; A has the variance 1 / fan-in
-and B is zero; the addition goes to the dense layers inside blocks, not to the LM head; the term of
-the base law is left out where no mask is, since nothing learned acts there; means over D and slots.
+Decided here: masks of a group see earlier masks; alpha = r by default; A starts with variance
+1 / fan-in, B at zero; the addition goes to the dense layers inside blocks, not to the LM head; the
+term of the base law is left out where no mask is, since nothing learned acts there; means over D
+and slots.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -132,8 +133,8 @@ class MaskedMTP(ProbeDrafter):
   def head(self, params, target, depth, states):
     z, before = states
     x = jnp.concatenate([before, z], axis=-1)
-    for i in range(2):
-      block = jax.tree.map(lambda p: p.astype(x.dtype), params["sampler"][f"block_{i}"])
+    sampler = jax.tree.map(lambda p: p.astype(z.dtype), params["sampler"])
+    for block in (sampler["block_0"], sampler["block_1"]):
       x = jax.nn.silu(x @ block["kernel"] + block["bias"])
       x = jax.nn.standardize(x, axis=-1, epsilon=1e-5) * block["scale"] + block["shift"]
     return target.model.apply({"params": target.params}, x, method="unembed")

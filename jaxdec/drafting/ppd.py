@@ -18,20 +18,27 @@ each other.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterable
 from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
 from jaxdec.drafting.base import Context, Params, Target
 from jaxdec.drafting.objectives import Objective
-from jaxdec.drafting.ppd_tree import SparseTrees
+from jaxdec.drafting.ppd_tree import SparseTrees, choose_rows
 from jaxdec.drafting.probes import ProbeDrafter, ProbedTree, Probes
 from jaxdec.drafting.selection import top_k
 from jaxdec.drafting.trained import embed
 from jaxdec.errors import UserError
+from jaxdec.mixers.base import Topology
+from jaxdec.models.decoder import DecoderState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,13 +94,8 @@ class PPD(ProbeDrafter):
   def propose(self, params, state, context: Context, rng):
     if self.sparse is None:
       return super().propose(params, state, context, rng)
-    logits = self.head(params, context.target, 1, state.hidden)
-    noise = self._noise(context)
-    if noise is not None:
-      levels = range(self.num_heads)
-      logits = jnp.concatenate([noise(logits[:, i : i + 1], i) for i in levels], axis=1)
     tables = self.sparse.tables(self.ensemble)
-    ranked = top_k(logits, int(tables["rank"].max()) + 1)[1]  # [B,n,R]
+    ranked = self._ranked(params, state, context, int(tables["rank"].max()) + 1)
     t = jax.tree.map(lambda x: jnp.asarray(x)[state.available - 1], tables)
     rows = jnp.arange(context.root.shape[0])[:, None]
     drafted = ranked[rows, jnp.maximum(t["depth"] - 1, 0), t["rank"]]
@@ -107,7 +109,61 @@ class PPD(ProbeDrafter):
     )
     return tree, state
 
+  def _ranked(self, params, state, context: Context, width: int) -> Int[Array, "B n R"]:
+    """The best tokens of every depth."""
+    logits = self.head(params, context.target, 1, state.hidden)
+    noise = self._noise(context)
+    if noise is not None:
+      levels = range(self.num_heads)
+      logits = jnp.concatenate([noise(logits[:, i : i + 1], i) for i in levels], axis=1)
+    return top_k(logits, width)[1]
+
   def with_budget(self, accuracy: np.ndarray, rows: int) -> PPD:
     """The drafter with the sparse trees that suit measured accuracies, ``rows`` rows a pass."""
     trees = SparseTrees.build(accuracy, rows, self.num_heads, self.ensemble)
     return dataclasses.replace(self, sparse=trees)
+
+  def tuned(
+    self, accuracy: np.ndarray, budgets: Iterable[int], latency: Callable[[int], float]
+  ) -> PPD:
+    """The drafter with the trees of the largest tokens per second among budgets of rows a pass.
+
+    ``latency``: seconds of a pass by its rows, see ``measured_latency``."""
+    trees = choose_rows(accuracy, budgets, latency, self.num_heads, self.ensemble)[1]
+    return dataclasses.replace(self, sparse=trees)
+
+
+def measured_latency(
+  target: Target, *, batch: int = 1, length: int = 256, repeats: int = 10
+) -> Callable[[int], float]:
+  """A function of the number of rows: the median time in seconds of a verify pass on this machine.
+
+  Args:
+    length: tokens in the target's state.
+  """
+
+  @jax.jit
+  def verify(params, tokens, state, nodes):
+    out = target.model.apply({"params": params}, tokens, state, nodes, method="verify")
+    return out.logits, out.pending
+
+  @functools.cache
+  def latency(rows: int) -> float:
+    state = target.model.init_state(batch, length + rows)
+    full = jnp.full(batch, length, jnp.int32)
+    state = DecoderState(tuple(layer.replace(length=full) for layer in state.layers))
+    tokens = jnp.zeros((batch, rows), jnp.int32)
+    chain = jnp.tril(jnp.ones((rows, rows), bool))
+    nodes = Topology(
+      jnp.broadcast_to(jnp.arange(rows), tokens.shape),
+      jnp.broadcast_to(chain, (batch, rows, rows)),
+    )
+    jax.block_until_ready(verify(target.params, tokens, state, nodes))
+    times = []
+    for _ in range(repeats):
+      begin = time.perf_counter()
+      jax.block_until_ready(verify(target.params, tokens, state, nodes))
+      times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+  return latency

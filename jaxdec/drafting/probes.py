@@ -53,7 +53,7 @@ class Probes:
 
   @classmethod
   def hang(cls, anchors: Int[Array, "B A"], layout: tuple[tuple[int, int], ...]) -> Probes:
-    """Behind each of A anchors one row for each ``(offset, member)`` of the layout, which ascends."""
+    """Behind each of A anchors a row for each ``(offset, member)`` of the layout, which ascends."""
     batch, count = anchors.shape
     offset, member = np.repeat(np.array(layout, np.int32).reshape(-1, 2).T, count, axis=1)
     counts = tuple(int(n) for n in np.bincount(offset)[1:])
