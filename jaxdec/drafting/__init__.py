@@ -2,10 +2,12 @@
 """Who guesses: the drafter contract, draft trees, and the built-in drafters by name."""
 
 from jaxdec.drafting.base import Accepted, Context, Drafter, Prompt, Target, TargetOutput
+from jaxdec.drafting.budget import choose_budget
 from jaxdec.drafting.chimera import Chimera
 from jaxdec.drafting.clover import Clover2
 from jaxdec.drafting.clover1 import Clover
 from jaxdec.drafting.dflash import DFlash
+from jaxdec.drafting.dovetail import Dovetail
 from jaxdec.drafting.draft_model import DraftModel
 from jaxdec.drafting.dspark import DSpark
 from jaxdec.drafting.dynamic_exit import DynamicExit
@@ -13,6 +15,7 @@ from jaxdec.drafting.dynamic_tree import DynamicTree
 from jaxdec.drafting.eagle import Eagle
 from jaxdec.drafting.eagle3 import Eagle3
 from jaxdec.drafting.early_exit import EarlyExit
+from jaxdec.drafting.falcon import Falcon
 from jaxdec.drafting.fspad import Fspad
 from jaxdec.drafting.hass import Hass
 from jaxdec.drafting.hidden_transfer import HiddenTransfer
@@ -21,12 +24,14 @@ from jaxdec.drafting.kinds import KINDS
 from jaxdec.drafting.masked_mtp import MaskedMTP
 from jaxdec.drafting.medusa import Medusa
 from jaxdec.drafting.merge import merge_paths
+from jaxdec.drafting.mtp import Mtp, MtpModules
 from jaxdec.drafting.objectives import Term
 from jaxdec.drafting.ppd import PPD
 from jaxdec.drafting.ppd_tree import SparseTrees
 from jaxdec.drafting.prompt_lookup import PromptLookup
 from jaxdec.drafting.registry import get, names, register
 from jaxdec.drafting.selection import argmax, top_k
+from jaxdec.drafting.specdec import SpecDec
 from jaxdec.drafting.static_tree import StaticTree, expected_tokens, greedy_tree
 from jaxdec.drafting.token_recycling import TokenRecycling
 from jaxdec.drafting.trained import TrainedDrafter
@@ -35,6 +40,7 @@ from jaxdec.drafting.vocabulary import DraftVocabulary
 
 register("none", lambda: None)
 register("draft_model", DraftModel)
+register("specdec", SpecDec)
 register("early_exit", EarlyExit)
 register("del", DynamicExit)
 register("prompt_lookup", PromptLookup)
@@ -52,6 +58,7 @@ __all__ = [
   "Context",
   "DFlash",
   "DSpark",
+  "Dovetail",
   "DraftModel",
   "DraftVocabulary",
   "Drafter",
@@ -60,6 +67,7 @@ __all__ = [
   "Eagle",
   "Eagle3",
   "EarlyExit",
+  "Falcon",
   "Fspad",
   "Hass",
   "HiddenTransfer",
@@ -67,9 +75,12 @@ __all__ = [
   "HydraPlusPlus",
   "MaskedMTP",
   "Medusa",
+  "Mtp",
+  "MtpModules",
   "Prompt",
   "PromptLookup",
   "SparseTrees",
+  "SpecDec",
   "StaticTree",
   "Target",
   "TargetOutput",
@@ -79,6 +90,7 @@ __all__ = [
   "Tree",
   "argmax",
   "chain",
+  "choose_budget",
   "expected_tokens",
   "get",
   "greedy_tree",

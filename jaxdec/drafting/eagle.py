@@ -229,28 +229,87 @@ class FeatureState:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FeatureDrafter(TrainedDrafter):
+class LayerDrafter(TrainedDrafter):
+  """Base of drafters with layers of their own between the target's embeddings and its LM head.
+
+  Attributes:
+    attention, hidden_dim, eps: shape of the layers.
+    num_layers: how many.
+    vocabulary: where given, only these columns of the target's LM head are computed.
+  """
+
+  needs_prompt_hidden: ClassVar[bool] = True
+  sequential: ClassVar[bool] = True
+
+  attention: AttentionConfig
+  hidden_dim: int
+  eps: float = 1e-6
+  num_layers: int = 1
+
+  @classmethod
+  def for_target(cls, config: DecoderConfig, **options) -> LayerDrafter:
+    options.setdefault("attention", draft_attention(config))
+    options.setdefault("hidden_dim", config.layers[0].mlp.hidden_dim)
+    options.setdefault("eps", config.norm.eps)
+    return super().for_target(config, **options)
+
+  @property
+  def network(self) -> FeatureLayers:
+    """The layers; ``_shape`` are their fields."""
+    raise NotImplementedError
+
+  @property
+  def _shape(self) -> dict[str, Any]:
+    return dict(
+      attention=self.attention,
+      hidden_dim=self.hidden_dim,
+      dim=self.dim,
+      norm=NormConfig(self.eps),
+      dtype=jnp.dtype(self.dtype),
+      num_layers=self.num_layers,
+    )
+
+  @property
+  def share_head(self) -> bool:
+    """The whole LM head of the target is in use (a draft vocabulary takes columns of it)."""
+    return self.vocabulary is None
+
+  def init_boxed(self, rng: jax.Array, target: Target) -> Params:
+    x, zeros = jnp.zeros((1, 2, self.dim), self.dtype), jnp.zeros((1, 2), jnp.int32)
+    return self.network.init(rng, x, x, zeros, zeros)["params"]
+
+  def _unembed(self, target: Target, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    if self.vocabulary is None:
+      return target.model.apply({"params": target.params}, x, method="unembed")
+    kernel = lm_head_kernel(target)[:, self.draft_ids].astype(x.dtype)
+    return soft_cap(jnp.matmul(x, kernel, preferred_element_type=jnp.float32), self.logit_cap)
+
+  def _caches(self, batch: int, capacity: int, count: int) -> tuple[Any, ...]:
+    """Empty caches of ``count`` layers."""
+    attention = Attention(self.attention, self.dim, parent=None)
+    dtype = jnp.dtype(self.dtype)
+    return tuple(attention.init_state(batch, capacity, dtype) for _ in range(count))
+
+  def _no_keys(self, batch: int) -> KeysValues:
+    """Keys and values of no drafted node."""
+    c = self.attention
+    empty = jnp.zeros((batch, c.num_kv_heads, 0, c.head_dim), self.dtype)
+    return empty, empty
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeatureDrafter(LayerDrafter):
   """Base of drafters that feed their own features on; a subclass gives ``network``.
 
   ``states`` of the base class are the layers' outputs: ``predicted`` is their ``feature``, and
   ``head`` puts the target's LM head on their ``readout``.
 
   Attributes:
-    attention, hidden_dim, eps: shape of the draft layers.
-    num_layers: how many.
     num_heads: K, depths measured; at inference any depth works.
     rollouts: depths trained, of these K.
     noise: of the input features in training; see the module's docstring.
-    vocabulary: where given, only these columns of the target's LM head are computed.
   """
 
-  sequential: ClassVar[bool] = True
-  needs_prompt_hidden: ClassVar[bool] = True
-
-  attention: AttentionConfig
-  hidden_dim: int
-  eps: float = 1e-6
-  num_layers: int = 1
   rollouts: int = 1
   noise: float = 0.2
   objective: Objective = (Term("smooth_l1"), Term("soft", 0.1))
@@ -263,55 +322,18 @@ class FeatureDrafter(TrainedDrafter):
         f"{self.rollouts}, {self.num_layers} and {self.noise}"
       )
 
-  @classmethod
-  def for_target(cls, config: DecoderConfig, **options) -> FeatureDrafter:
-    options.setdefault("attention", draft_attention(config))
-    options.setdefault("hidden_dim", config.layers[0].mlp.hidden_dim)
-    options.setdefault("eps", config.norm.eps)
-    return super().for_target(config, **options)
-
-  @property
-  def network(self) -> FeatureLayers:
-    """The drafter's parameters."""
-    raise NotImplementedError
-
-  @property
-  def _shape(self) -> dict[str, Any]:
-    """Fields of ``FeatureLayers``."""
-    return dict(
-      attention=self.attention,
-      hidden_dim=self.hidden_dim,
-      dim=self.dim,
-      norm=NormConfig(self.eps),
-      dtype=jnp.dtype(self.dtype),
-      num_layers=self.num_layers,
-    )
-
   @property
   def depth_limit(self) -> int:
     return 1 << 10  # recurrent: no trained limit
 
-  @property
-  def share_head(self) -> bool:
-    """The whole LM head of the target is in use (a draft vocabulary takes columns of it)."""
-    return self.vocabulary is None
-
   def _apply(self, params, *args, method):
     return self.network.apply({"params": params}, *args, method=method)
-
-  def init_boxed(self, rng: jax.Array, target: Target) -> Params:
-    x, zeros = jnp.zeros((1, 2, self.dim), self.dtype), jnp.zeros((1, 2), jnp.int32)
-    return self.network.init(rng, x, x, zeros, zeros)["params"]
 
   def predicted(self, params, states):
     return self._apply(params, states, method="feature")
 
   def head(self, params, target, depth, states):
-    x = self._apply(params, states, method="readout")
-    if self.vocabulary is None:
-      return target.model.apply({"params": target.params}, x, method="unembed")
-    kernel = lm_head_kernel(target)[:, self.draft_ids].astype(x.dtype)
-    return soft_cap(jnp.matmul(x, kernel, preferred_element_type=jnp.float32), self.logit_cap)
+    return self._unembed(target, self._apply(params, states, method="readout"))
 
   # Training.
 
@@ -348,11 +370,8 @@ class FeatureDrafter(TrainedDrafter):
     return output.hidden.astype(self.dtype)
 
   def init_state(self, batch: int, capacity: int) -> FeatureState:
-    attention = Attention(self.attention, self.dim, parent=None)
-    cache = attention.init_state(batch, capacity, jnp.dtype(self.dtype))
-    # Each its own buffers, which the decode loop may be given to keep.
-    caches = tuple(jax.tree.map(jnp.copy, cache) for _ in range(self.num_layers))
-    return FeatureState(jnp.zeros((batch, self.dim), self.dtype), caches)
+    last = jnp.zeros((batch, self.dim), self.dtype)
+    return FeatureState(last, self._caches(batch, capacity, self.num_layers))
 
   def _read(self, params, state, features, next_tokens, count, target):
     """Reads the first ``count [B]`` of new slots: ``features [B,P,D]``, tokens after them."""
@@ -373,12 +392,9 @@ class FeatureDrafter(TrainedDrafter):
     return self._read(params, state, features, accepted.tokens, accepted.count, context.target)
 
   def first(self, params, state, context: Context):
-    x, c = state.last[:, None], self.attention
-    b, dtype = x.shape[0], state.caches[0].k.dtype
-    empty = jnp.zeros((b, c.num_kv_heads, 0, c.head_dim), dtype)
-    drafted = ((empty, empty),) * self.num_layers
+    x, b = state.last[:, None], state.last.shape[0]
     logits = self.head(params, context.target, 1, x)[:, 0]
-    return logits, (x, drafted, jnp.zeros((b, 1, 0), bool))
+    return logits, (x, (self._no_keys(b),) * self.num_layers, jnp.zeros((b, 1, 0), bool))
 
   def step(self, params, state, context: Context):
     def feed(carry, level, tokens, parents):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ranked import assert_drafts_what_training_ranks
 from toy_target import (
   VOCAB,
   batch_of,
@@ -161,6 +162,10 @@ def test_draft_vocabulary_takes_columns_of_the_targets_head():
   )
   tree, _ = jax.jit(lambda s: cut.propose(params, s, context, None))(state)
   assert set(np.asarray(tree.tokens[:, 1:]).ravel().tolist()) <= set(KEPT)
+
+
+def test_trees_draft_what_training_ranks():
+  assert_drafts_what_training_ranks(*random_drafter(tree=StaticTree.from_paths(PATHS)))
 
 
 def test_dynamic_tree_changes_no_token():

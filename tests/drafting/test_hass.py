@@ -20,7 +20,7 @@ from jaxdec.drafting.objectives import Term
 class TestHass(Universal):
   kind = Hass
   options = {"noise": 0.0}  # noqa: RUF012
-  overfit_options = {}  # noqa: RUF012
+  overfit_options = {"objective": (Term("smooth_l1"), Term("hard"))}  # noqa: RUF012
 
 
 @functools.cache
