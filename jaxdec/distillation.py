@@ -11,7 +11,8 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from jaxdec.data import Corpus, Share
 from jaxdec.data.mixture import Mixture, load_data, make_batches
@@ -21,7 +22,9 @@ from jaxdec.drafting.trained import TrainedDrafter
 from jaxdec.errors import UserError, nearest
 from jaxdec.parallel import batch_share, make_mesh
 from jaxdec.training import Trainer, TrainerConfig
+from jaxdec.training.acceptance import Acceptance, held_out_prompts
 from jaxdec.training.tasks.distill import Distill, finish
+from jaxdec.training.teachers import Cache, Cached, States, Streamed
 from jaxdec.training.trainer import TrainResult
 
 
@@ -40,6 +43,14 @@ class DistillConfig:
       that grows its own dynamic tree keeps it.
     eval_batches: held-out batches of every evaluation and of the tree's measurement.
     trainer: steps, optimizer, mesh, folder.
+    teacher: where the target's states come from: ``online`` (inside the step), ``streamed`` (a
+      program that runs ahead) or ``cached`` (written to disk once; long documents are then cut at
+      the same places in every epoch); see ``jaxdec.training.teachers``.
+    teacher_dtype: of streamed and cached states. teacher_ahead: batches streamed ahead.
+    teacher_folder: of the cache; None: the run's folder with ``-teacher`` at its end.
+    acceptance_every: steps between measurements of what is accepted, by decoding
+      ``acceptance_prompts`` held-out prompts with the tree the drafter would get now; None: none.
+      See ``jaxdec.training.acceptance``. acceptance_tokens: decoded for each prompt.
   """
 
   drafter: str = "hydra"
@@ -50,6 +61,23 @@ class DistillConfig:
   num_nodes: int = 16
   eval_batches: int = 8
   trainer: TrainerConfig = dataclasses.field(default_factory=TrainerConfig)
+  teacher: Literal["online", "streamed", "cached"] = "online"
+  teacher_dtype: Literal["float32", "bfloat16"] = "float32"
+  teacher_ahead: int = 2
+  teacher_folder: str | None = None
+  acceptance_every: int | None = None
+  acceptance_prompts: int = 8
+  acceptance_tokens: int = 64
+
+  def __post_init__(self):
+    if self.teacher not in ("online", "streamed", "cached"):
+      raise UserError(f"teacher must be online, streamed or cached, got {self.teacher!r}")
+    if self.teacher == "cached" and not (self.teacher_folder or self.trainer.work_dir):
+      raise UserError("teacher='cached' needs a folder; give teacher_folder, or trainer.work_dir")
+    for name in ("acceptance_every", "acceptance_prompts", "acceptance_tokens"):
+      value = getattr(self, name)
+      if value is not None and value < 1:
+        raise UserError(f"{name} must be at least 1, got {value}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +136,11 @@ class _Watched:
     self._watch()
     return next(self._data)
 
+  def close(self) -> None:
+    """Ends what runs ahead."""
+    if hasattr(self._data, "close"):
+      self._data.close()
+
 
 def make_trainer(
   model: Any,
@@ -116,22 +149,55 @@ def make_trainer(
   config: DistillConfig,
   watch: Callable[[], None] = lambda: None,
 ) -> tuple[Trainer, Distill]:
-  """The trainer and its task; nothing is compiled yet."""
+  """The trainer and its task; nothing of it is compiled yet. A cached teacher writes its states."""
   task = Distill(make_drafter(config, model.config), model, params)
   mesh = make_mesh(**dataclasses.asdict(config.trainer.mesh))
   share = batch_share(mesh)
   shape = {"batch_size": config.batch_size, "seq_len": config.seq_len}
+  settings = {**shape, "seed": config.trainer.seed, "share": share}
+  extra = {"source": config.data, "corpus": corpora.train.fingerprint, **shape}
+  if config.teacher != "online":
+    extra["teacher"] = [config.teacher, config.teacher_dtype]
+  if config.teacher == "cached":
+    settings["random_cuts"] = False
+  inspect = None
+  if config.acceptance_every is not None:
+    prompts = held_out_prompts(corpora.validation, config.acceptance_prompts)
+    inspect = Acceptance(
+      task, prompts, lambda: held_out(corpora, config, Share()),
+      num_nodes=config.num_nodes, max_new_tokens=config.acceptance_tokens,
+    )  # fmt: skip
   trainer = Trainer(
     task,
     config.trainer,
-    data=_Watched(
-      make_batches(corpora.train, seed=config.trainer.seed, share=share, **shape), watch
-    ),
+    data=_Watched(_with_teacher(corpora, config, task, mesh, settings), watch),
     eval_data=functools.partial(held_out, corpora, config, share),
     mesh=mesh,
-    extra={"source": config.data, "corpus": corpora.train.fingerprint, **shape},
+    extra=extra,
+    inspect=inspect,
+    inspect_every=config.acceptance_every,
   )
   return trainer, task
+
+
+def _with_teacher(
+  corpora: Corpora, config: DistillConfig, task: Distill, mesh: Any, settings: Mapping[str, Any]
+) -> Any:
+  """The training batches, with the target's states where they don't come from the step itself."""
+  batches = make_batches(corpora.train, **settings)
+  if config.teacher == "online":
+    return batches
+  states = States(task, mesh, config.teacher_dtype)
+  if config.teacher == "streamed":
+    return Streamed(batches, states, config.teacher_ahead)
+  folder = config.teacher_folder or Path(config.trainer.work_dir).with_name(
+    f"{Path(config.trainer.work_dir).name}-teacher"
+  )
+  cache = Cache(folder, states, config.seq_len)
+  cache.fill(
+    lambda: itertools.islice(make_batches(corpora.train, **settings), config.trainer.steps)
+  )
+  return Cached(batches, cache)
 
 
 def held_out(corpora: Corpora, config: DistillConfig, share: Share | None = None):
@@ -165,7 +231,10 @@ def distill(
   begin = time.perf_counter()
   corpora = load_corpora(config.data, tokenizer) if corpora is None else corpora
   trainer, task = make_trainer(model, params, corpora, config, watch)
-  result = trainer.train()
+  try:
+    result = trainer.train()
+  finally:
+    trainer.data.close()
   if result.interrupted:
     return Distilled(None, result.params, result, time.perf_counter() - begin)
   facts = {

@@ -148,6 +148,20 @@ def shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
   return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_boxed)
 
 
+def place(tree: Any, rules: Rules, mesh: Mesh) -> Any:
+  """The tree's arrays, unboxed, on the mesh; those that lie on it already stay as they are."""
+
+  def put(leaf, sharding):
+    if not is_boxed(leaf):
+      placed = getattr(leaf, "sharding", None)
+      if isinstance(placed, NamedSharding) and placed.mesh == mesh:
+        return leaf
+      return jax.device_put(leaf, sharding)
+    return jax.device_put(leaf.value, sharding)
+
+  return jax.tree.map(put, tree, shardings(tree, rules, mesh), is_leaf=is_boxed)
+
+
 def like_parameters(tree: Any, params: Any, param_shardings: Any, mesh: Mesh) -> Any:
   """Shardings for a tree that mirrors parameters (an optimizer state).
 

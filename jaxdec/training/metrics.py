@@ -108,7 +108,7 @@ class MetricsWriter:
       self._board = _board(folder / "tensorboard", resume_step)
 
   def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
-    """One report: ``{"step": ..., "kind": "train" | "eval", name: value, ...}``."""
+    """One report: ``{"step": ..., "kind": ..., name: value, ...}``, kinds train, eval, inspect."""
     if self._file is None:
       return
     values = {name: plain(value) for name, value in values.items()}
@@ -150,7 +150,7 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
 
 
 def read_metrics(work_dir: str | pathlib.Path, kind: str | None = None) -> list[dict[str, Any]]:
-  """The reports of a run, in order; ``kind`` picks ``train`` or ``eval``."""
+  """The reports of a run, in order; ``kind`` picks one: train, eval or inspect."""
   path = pathlib.Path(work_dir) / "metrics.jsonl"
   if not path.is_file():
     raise UserError(f"no metrics.jsonl in {str(work_dir)!r}; give the work_dir of a training run")

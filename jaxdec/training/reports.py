@@ -113,8 +113,8 @@ class Reports:
     if memory:
       shown["HBM"] = human(memory["hbm_peak_bytes"], "B")
 
-  def evaluated(self, step, values, seconds):
+  def evaluated(self, step, values, seconds, kind="eval"):
     self._mark += seconds  # evaluation is no training time
     if self._writer is not None:
-      self._writer.write(step, "eval", values)
-    self._progress.report(step, {"eval:": "", **values})
+      self._writer.write(step, kind, values)
+    self._progress.report(step, {f"{kind}:": "", **values})

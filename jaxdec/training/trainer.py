@@ -58,6 +58,9 @@ class Trainer:
     mesh: the devices, instead of the local ones laid out by ``config.mesh``. Devices that can only
       be compiled for (``jaxdec.parallel.plan``) serve ``lower``, and need no ``data``.
     extra: further JSON-able settings that identify the run (where the data came from).
+    inspect: called with the parameters (as they are evaluated) after every ``inspect_every`` steps
+      and after the last; what it returns is reported as kind ``inspect``. Training goes on as if it
+      had not been called.
   """
 
   def __init__(
@@ -70,9 +73,12 @@ class Trainer:
     rules: rules_lib.Rules = rules_lib.DEFAULT,
     mesh: Mesh | None = None,
     extra: Mapping[str, Any] | None = None,
+    inspect: Callable[[Any], Mapping[str, Any]] | None = None,
+    inspect_every: int | None = None,
   ):
     self.task = task
     self.config = config
+    self._inspect, self._inspect_every = inspect, inspect_every
     self.rules = rules
     self.mesh = mesh or mesh_lib.make_mesh(**dataclasses.asdict(config.mesh))
     self.sequence = _sequence(task, self.mesh, rules)
@@ -92,6 +98,11 @@ class Trainer:
     key = jax.random.key(config.seed)
     self._init_key, self._step_key = jax.random.split(key)
     self._layout()
+
+  @property
+  def data(self) -> Any:
+    """The training batches, with their position."""
+    return self._data
 
   # -- state -----------------------------------------------------------------------------------
 
@@ -125,18 +136,7 @@ class Trainer:
 
   def place_frozen(self) -> Any:
     """The task's frozen arrays on the mesh."""
-    frozen = self.task.frozen
-    layout = rules_lib.shardings(frozen, self.rules, self.mesh)
-
-    def put(leaf, sharding):
-      if not rules_lib.is_boxed(leaf):
-        placed = getattr(leaf, "sharding", None)
-        if isinstance(placed, NamedSharding) and placed.mesh == self.mesh:
-          return leaf
-        return jax.device_put(leaf, sharding)
-      return jax.device_put(leaf.value, sharding)
-
-    return jax.tree.map(put, frozen, layout, is_leaf=rules_lib.is_boxed)
+    return rules_lib.place(self.task.frozen, self.rules, self.mesh)
 
   def place_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """This process's rows as part of the global batch, in the layout of the sequence shards."""
@@ -318,8 +318,11 @@ class Trainer:
       progress.step(step)
       interrupted = stop.requested(step) and not done
       evaluates = done or (config.eval_every is not None and step % config.eval_every == 0)
+      inspects = self._inspect is not None and (
+        done or (self._inspect_every is not None and step % self._inspect_every == 0)
+      )
       saves = done or interrupted or step % config.checkpoint_every == 0
-      if evaluates or saves:
+      if evaluates or saves or inspects:
         reports.flush()
         guard.flush(state.params)
       if checkpoints is not None and saves:
@@ -330,6 +333,10 @@ class Trainer:
         before = time.perf_counter()
         last = self.evaluate(state.evaluated, frozen)
         reports.evaluated(step, last, time.perf_counter() - before)
+      if inspects:
+        before = time.perf_counter()
+        seen = dict(self._inspect(state.evaluated))
+        reports.evaluated(step, seen, time.perf_counter() - before, kind="inspect")
     reports.flush()
     step = int(state.step)
     if start >= config.steps:

@@ -3,12 +3,15 @@
 
 The target's parameters are an argument of the compiled step (``frozen``), its output is cut off
 from differentiation, and gradients are taken with respect to the drafter alone, so no gradient of a
-target leaf is ever computed.
+target leaf is ever computed. Batches may bring the target's states instead (``HIDDEN``,
+``FEATURES``; see ``jaxdec.training.teachers``): then it only embeds and unembeds. Its logits are
+never part of the output; who wants them unembeds ``hidden``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,12 +22,15 @@ import numpy as np
 from jaxdec.drafting.base import Params, Target, TargetOutput
 from jaxdec.drafting.checkpoint import fingerprint, save_drafter, to_config
 from jaxdec.drafting.dynamic_tree import DynamicTree
-from jaxdec.drafting.static_tree import expected_tokens, greedy_tree
+from jaxdec.drafting.static_tree import StaticTree, expected_tokens, greedy_tree
 from jaxdec.drafting.trained import TrainedDrafter
 from jaxdec.errors import UserError
 from jaxdec.models.flops import per_token
 from jaxdec.parallel.distributed import to_host
 from jaxdec.training.task import Batch, Task
+
+# What a batch may bring of the target: post-norm states [B,T,D], and the captured ones [B,T,F,D].
+HIDDEN, FEATURES = "teacher_hidden", "teacher_features"
 
 
 class Distill(Task):
@@ -54,16 +60,25 @@ class Distill(Task):
     return {"target": self._target_params}
 
   def teacher(self, frozen: Params, batch: Batch) -> tuple[Target, TargetOutput]:
-    """The target and what it computes on a batch, cut off from differentiation."""
+    """The target and what it computes on a batch (logits apart), cut off from differentiation."""
     params = jax.lax.stop_gradient(nn.unbox(frozen["target"]))
-    out = self.model.apply(
-      {"params": params},
-      batch["tokens"],
-      batch["positions"],
-      batch["segment_ids"],
-      capture=self.drafter.capture,
-    )
-    output = jax.lax.stop_gradient(TargetOutput(out.hidden, out.features, out.logits))
+    if HIDDEN in batch:
+      hidden = batch[HIDDEN].astype(self.model.dtype)
+      stacked = batch[FEATURES].astype(self.model.dtype) if FEATURES in batch else None
+      features = tuple(stacked[:, :, i] for i in range(len(self.drafter.capture)))
+    else:
+      out = self.model.apply(
+        {"params": params},
+        batch["tokens"],
+        batch["positions"],
+        batch["segment_ids"],
+        capture=self.drafter.capture,
+        logits=False,
+      )
+      # Nothing of the drafter is compiled into the target's pass: states that were computed in a
+      # program of their own are the same numbers.
+      hidden, features = jax.lax.optimization_barrier((out.hidden, out.features))
+    output = jax.lax.stop_gradient(TargetOutput(hidden, features))
     return Target(self.model, params, None), output
 
   def loss(self, params: Params, frozen: Params, batch: Batch, rng: jax.Array | None):
@@ -74,6 +89,17 @@ class Distill(Task):
     del rng  # no dropout, every slot
     loss, metrics = self.loss(params, frozen, batch, None)
     return {"loss": loss, **metrics}
+
+  @functools.cached_property
+  def rank_step(self):
+    """``drafter.accuracy`` of one batch, compiled."""
+
+    @jax.jit
+    def one(params, frozen, batch):
+      target, output = self.teacher(frozen, batch)
+      return self.drafter.accuracy(params, target, output, batch)
+
+    return one
 
   def flops_per_token(self, params: Params, length: int) -> float:
     flops = 6.0 * sum(x.size for x in jax.tree.leaves(params))
@@ -97,18 +123,23 @@ def measure_accuracy(task: Distill, params: Params, batches: Iterable[Batch]) ->
 
   Entry ``[k-1, r]``: how often the target's best token was the drafter's number r at depth k.
   """
-
-  @jax.jit
-  def one(params, frozen, batch):
-    target, output = task.teacher(frozen, batch)
-    return task.drafter.accuracy(params, target, output, batch)
-
   frozen, hits, counts = task.frozen, 0.0, 0.0
   for batch in batches:
-    table, count = jax.device_get(one(params, frozen, dict(batch)))
+    table, count = jax.device_get(task.rank_step(params, frozen, dict(batch)))
     hits = hits + np.asarray(table, np.float64) * np.asarray(count, np.float64)[:, None]
     counts = counts + np.asarray(count, np.float64)
   return hits / np.maximum(counts, 1.0)[:, None]
+
+
+def best_tree(drafter: TrainedDrafter, accuracy: np.ndarray, num_nodes: int) -> StaticTree | None:
+  """The best static tree for a rank table; None where the drafter keeps the one it has.
+
+  A drafter that grows its own trees keeps doing so; one that is never right has no best tree.
+  """
+  if isinstance(drafter.tree, DynamicTree):
+    return None
+  tree = greedy_tree(np.clip(accuracy, 0.0, 1.0), num_nodes)
+  return tree if tree.paths else None
 
 
 def finish(
@@ -123,10 +154,9 @@ def finish(
   """Measures the drafter on held-out batches, gives it the best static tree of ``num_nodes`` nodes,
   root included, and saves it to ``folder`` (if any). Returns the drafter with its tree."""
   accuracy = measure_accuracy(task, params, batches)
-  tree = greedy_tree(np.clip(accuracy, 0.0, 1.0), num_nodes)
   drafter, facts = task.drafter, {"accuracy": accuracy.round(6).tolist()}
-  # A drafter that grows its own trees keeps doing so; one that is never right has no best tree.
-  if tree.paths and not isinstance(drafter.tree, DynamicTree):
+  tree = best_tree(drafter, accuracy, num_nodes)
+  if tree is not None:
     drafter = dataclasses.replace(drafter, tree=tree)
     facts["expected_tokens_per_step"] = expected_tokens(tree, accuracy)
   if folder is not None:
