@@ -2,7 +2,14 @@
 """What a decoder is: configurations, the Flax module, Hugging Face families."""
 
 from jaxdec.mixers.norms import NormConfig
-from jaxdec.models.config import Capture, DecoderConfig, LayerConfig, MLPConfig, tiny_llama
+from jaxdec.models.config import (
+  BlockFFNConfig,
+  Capture,
+  DecoderConfig,
+  LayerConfig,
+  MLPConfig,
+  tiny_llama,
+)
 from jaxdec.models.decoder import (
   Decoder,
   DecoderOutput,
@@ -12,6 +19,7 @@ from jaxdec.models.decoder import (
 )
 
 __all__ = [
+  "BlockFFNConfig",
   "Capture",
   "Decoder",
   "DecoderConfig",

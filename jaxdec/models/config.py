@@ -29,6 +29,37 @@ class MLPConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class BlockFFNConfig:
+  """Experts chosen by a ReLU router (BlockFFN, arXiv 2507.08771); see ``jaxdec.models.block_ffn``.
+
+  Attributes:
+    num_experts: E. expert_dim: hidden width of each. eps: of the norm of the router's weights.
+    union: decoding computes at most this many experts, gathered: those that any of the tokens at
+      hand needs. Where more are needed all are computed, so the result never depends on it. None:
+      always all.
+  """
+
+  num_experts: int
+  expert_dim: int
+  eps: float = 1e-6
+  union: int | None = None
+
+  def __post_init__(self):
+    if min(self.num_experts, self.expert_dim) < 1 or not (
+      self.union is None or 1 <= self.union <= self.num_experts
+    ):
+      raise UserError(
+        f"a BlockFFN needs num_experts and expert_dim >= 1 and union in 1..{self.num_experts}, got "
+        f"{self.num_experts}, {self.expert_dim} and {self.union}"
+      )
+
+  @property
+  def hidden_dim(self) -> int:
+    """Width of all experts together."""
+    return self.num_experts * self.expert_dim
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerConfig:
   """One block: norm, mixer, residual, norm, MLP, residual.
 
@@ -36,7 +67,7 @@ class LayerConfig:
   """
 
   mixer: MixerConfig
-  mlp: MLPConfig
+  mlp: MLPConfig | BlockFFNConfig
   post_norms: bool = False
 
 

@@ -22,7 +22,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxdec.mixers import build_mixer
 from jaxdec.mixers.base import Topology
 from jaxdec.mixers.norms import Dense, NormConfig, RMSNorm
-from jaxdec.models.config import Capture, DecoderConfig, LayerConfig, MLPConfig
+from jaxdec.models.block_ffn import BlockFFN
+from jaxdec.models.config import BlockFFNConfig, Capture, DecoderConfig, LayerConfig, MLPConfig
 from jaxdec.models.remat import BLOCK_INPUT, Remat, rematerialised
 from jaxdec.parallel.sequence import SequenceConfig
 
@@ -93,7 +94,8 @@ class Block(nn.Module):
     self.mixer = build_mixer(
       self.config.mixer, self.dim, self.norm, self.dtype, self.param_dtype, sequence=self.sequence
     )
-    self.mlp = MLP(self.config.mlp, self.dim, self.dtype, self.param_dtype)
+    mlp = BlockFFN if isinstance(self.config.mlp, BlockFFNConfig) else MLP
+    self.mlp = mlp(self.config.mlp, self.dim, self.dtype, self.param_dtype)
     self.mixer_norm = RMSNorm(self.norm, self.param_dtype)
     self.mlp_norm = RMSNorm(self.norm, self.param_dtype)
     if self.config.post_norms:
@@ -104,14 +106,16 @@ class Block(nn.Module):
     """What the mixer reads."""
     return self.mixer_norm(x)
 
-  def _finish(self, x, mixed):
+  def _finish(self, x, mixed, *, decoding=True):
     x = x + (self.post_mixer_norm(mixed) if self.config.post_norms else mixed)
-    y = self.mlp(self.mlp_norm(x))
+    few = decoding and getattr(self.config.mlp, "union", None) is not None
+    y = (self.mlp.union if few else self.mlp)(self.mlp_norm(x))
     return x + (self.post_mlp_norm(y) if self.config.post_norms else y)
 
   def __call__(self, x, positions, segment_ids=None):
     x = checkpoint_name(x, BLOCK_INPUT)
-    return self._finish(x, self.mixer(self.mixer_norm(x), positions, segment_ids))
+    mixed = self.mixer(self.mixer_norm(x), positions, segment_ids)
+    return self._finish(x, mixed, decoding=False)
 
   def extend(self, x, state, positions):
     mixed, state = self.mixer.extend(self.mixer_norm(x), state, positions)
@@ -136,15 +140,20 @@ class _Group(nn.Module):
   sequence: SequenceConfig | None
 
   @nn.compact
-  def __call__(self, x, positions, segment_ids):
+  def __call__(self, x, positions, segment_ids, keep=None):
     inputs = []  # kept for ``capture``: the scan stacks them
     for j, config in enumerate(self.blocks):
       inputs.append(x)
       block = Block(
         config, self.dim, self.norm, self.dtype, self.param_dtype, self.sequence, name=f"block_{j}"
       )
-      x = _placed(block(x, positions, segment_ids))
+      x = _placed(_kept(block(x, positions, segment_ids), x, None if keep is None else keep[j]))
     return x, jnp.stack(inputs)
+
+
+def _kept(new, old, keep: Bool[Array, "B"] | None):
+  """``new`` for the rows that go through a layer, ``old`` for those that leave it out."""
+  return new if keep is None else jnp.where(keep[:, None, None], new, old)
 
 
 def _placed(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -190,10 +199,10 @@ class Decoder(nn.Module):
       period = pattern(c.layers)
       self.stack = nn.scan(
         group,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
         length=c.num_layers // len(period),
-        in_axes=(nn.broadcast, nn.broadcast),
+        in_axes=(nn.broadcast, nn.broadcast, 0),
         metadata_params={nn.PARTITION_NAME: "layers"},
       )(blocks=period, **common)
     else:
@@ -264,19 +273,26 @@ class Decoder(nn.Module):
     capture: Capture | tuple[int, ...] = (),
     logits: bool = True,
     embeddings: Embeddings | None = None,
+    keep: Bool[Array, "L B"] | None = None,
   ) -> DecoderOutput:
-    """Whole sequences without state (training and scoring)."""
+    """Whole sequences without state (training and scoring).
+
+    ``keep``: which layers each row goes through (layer dropout); None: all.
+    """
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     x = _placed(self.embed(tokens, embeddings))
     if self.layout == "scanned":
-      x, inputs = self.stack(x, positions, segment_ids)
+      if keep is not None:
+        keep = keep.reshape(-1, len(pattern(self.config.layers)), keep.shape[-1])
+      x, inputs = self.stack(x, positions, segment_ids, keep)
       stream = inputs.reshape(-1, *x.shape) if len(capture) else ()
     else:
       stream = []
-      for layer in self.layers:
+      for i, layer in enumerate(self.layers):
         stream.append(x)
-        x = _placed(layer(x, positions, segment_ids))
+        new = layer(x, positions, segment_ids)
+        x = _placed(_kept(new, x, None if keep is None else keep[i]))
     return self._output(x, stream, capture, logits)
 
   def init_state(self, batch: int, capacity: int, dtype: jnp.dtype | None = None) -> DecoderState:

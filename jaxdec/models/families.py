@@ -19,6 +19,7 @@ from jaxdec.errors import UserError, nearest
 from jaxdec.io import hf_config, hf_families
 from jaxdec.mixers.rope import RopeConfig
 from jaxdec.models.config import (
+  BlockFFNConfig,
   DecoderConfig,
   LayerConfig,
   MixerConfig,
@@ -35,7 +36,8 @@ def _kind(cls: type) -> str:
 
 
 _MIXERS = {_kind(cls): cls for cls in typing.get_args(MixerConfig) or (MixerConfig,)}
-_NESTED = {"rope": RopeConfig, "mlp": MLPConfig, "norm": NormConfig}
+_NESTED = {"rope": RopeConfig, "norm": NormConfig}
+_MLPS = {"gated": MLPConfig, "block_ffn": BlockFFNConfig}  # gated ones carry no tag
 
 
 def config_from_hf(fields: Mapping[str, Any]) -> DecoderConfig:
@@ -70,6 +72,10 @@ def config_to_hf(config: DecoderConfig, family: str | None = None) -> dict[str, 
       f"family {family!r} has no {_kind(type(odd[0]))} layers; write the decoder as "
       "family 'jaxdec'."
     )
+  if any(not isinstance(layer.mlp, MLPConfig) for layer in config.layers):
+    raise UserError(
+      f"family {family!r} has no block_ffn layers; write the decoder as family 'jaxdec'."
+    )
   fields = _write(config, family)
   back = dataclasses.replace(config_from_hf(fields), family=config.family)
   if back != config:
@@ -81,9 +87,11 @@ def config_to_hf(config: DecoderConfig, family: str | None = None) -> dict[str, 
 
 
 def _encode(value: Any) -> Any:
-  """Dataclasses to JSON, mixers tagged with their kind."""
+  """Dataclasses to JSON, mixers (and unusual MLPs) tagged with their kind."""
   if dataclasses.is_dataclass(value):
     out = {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, BlockFFNConfig):
+      return {"kind": "block_ffn", **out}
     return {"kind": _kind(type(value)), **out} if type(value) in _MIXERS.values() else out
   return [_encode(v) for v in value] if isinstance(value, tuple) else value
 
@@ -109,6 +117,15 @@ def _decode(cls: type, fields: Mapping[str, Any], where: str) -> Any:
         )
       rest = {k: v for k, v in value.items() if k != "kind"}
       fields[name] = _decode(_MIXERS[kind], rest, f"{where} mixer")
+    elif name == "mlp":
+      kind = value.get("kind", "gated")
+      if kind not in _MLPS:
+        raise UserError(
+          f"{where}: mlp {kind!r} is not supported{nearest(str(kind), _MLPS)}; "
+          f"supported: {', '.join(_MLPS)}."
+        )
+      rest = {k: v for k, v in value.items() if k != "kind"}
+      fields[name] = _decode(_MLPS[kind], rest, f"{where} mlp")
     elif name in _NESTED and value is not None:
       fields[name] = _decode(_NESTED[name], value, f"{where} {name}")
     elif isinstance(value, list):
