@@ -20,6 +20,7 @@ features.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -83,14 +84,16 @@ class EagleLayer(nn.Module):
   ) -> list[Float[Array, "B T D"]]:
     """``g''`` of every slot at every step; the last slots of step j have no token: garbage."""
     c, t = self.attention_config, features.shape[1]
-    # Wide activations are computed again in the backward pass; of a step its queries, keys, values
-    # and what attention gave are kept.
-    project = nn.remat(lambda layer, x, at: layer.attention._project(x, at))
-    finish = nn.remat(lambda layer, g, out: layer._finish(g, layer.attention._output(out, g)))
+    # Kept of a step: what its matrix products gave. All between them is computed again.
+    again = functools.partial(
+      nn.remat, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    )
+    project = again(lambda layer, x, g, at: layer.attention._project(layer._input(x, g), at))
+    finish = again(lambda layer, g, out: layer._finish(g, layer.attention._output(out, g)))
     g, states, own = self.fuse(features), [], []
     for j in range(steps):
       shifted = jnp.pad(embedded[:, 1 + j :], ((0, 0), (0, min(1 + j, t)), (0, 0)))
-      q, k, v = project(self, self._input(shifted, g), positions + j)
+      q, k, v = project(self, shifted, g, positions + j)
       if j == 0:
         context = k, v
       else:

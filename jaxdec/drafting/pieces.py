@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-LOGITS = 2**22  # formed at once on a device, of one depth
-SLOTS = 512  # but no fewer slots: each piece reads the whole head
+LOGITS = 2**20  # formed at once on a device, of one depth
+SLOTS = 256  # but no fewer slots: each piece reads the whole head
 
 
 @struct.dataclass
