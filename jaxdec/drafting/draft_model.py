@@ -28,10 +28,12 @@ _CHUNK = 64  # prompt tokens read per pass of the draft model
 
 @struct.dataclass
 class DraftModelState:
-  """State of the draft model. ``length``: tokens of the text it has read for good."""
+  """State of the draft model. ``length``: tokens of the text it has read for good; between drafting
+  and verification those read at all. ``idle``: rows that have finished, where that is kept."""
 
   decoder: Any
   length: Int[Array, "B"]
+  idle: Any = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,36 +101,16 @@ class DraftModel(Drafter):
     return DraftModelState(decoder, prompt.lengths)
 
   def propose(self, params, state, context, rng):
-    sampler, keys = context.sampler, context.keys
-    apply = lambda *a, **k: self.model.apply({"params": params}, *a, method="extend", **k)  # noqa: E731
-
-    def draw(logits, position):
-      if sampler.greedy or self.draws == "greedy":
-        return argmax(logits), None
-      if self.draws == "shared":
-        return sampler.draw(logits, keys, position), None
-      law = sampler.log_probs(logits)
-      return sampler.draw_independently(logits, keys, position), jnp.exp(law)
-
-    # Catch up with the text, the root included.
-    window = self.num_drafts + 1 if self._recurrent else 2
-    at = state.length[:, None] + jnp.arange(window, dtype=jnp.int32)
-    read = at <= context.length[:, None]
-    tokens = jnp.take_along_axis(context.history, at, axis=1, mode="clip")
-    out = apply(tokens, state.decoder, jnp.where(read, at, -1), logits=False)
-    last = jnp.maximum(jnp.sum(read, axis=1) - 1, 0)
-    hidden = jnp.take_along_axis(out.hidden, last[:, None, None], axis=1)[:, 0]
-    logits = self.model.apply({"params": params}, hidden, method="unembed")
-    first, law = draw(logits, context.length + 1)
+    caught_up, logits = self._catch_up(params, state, context)
+    first, law = self._draw(context, logits, context.length + 1)
 
     def extend(carry, i):
       decoder, token = carry
       position = context.length + i
-      out = apply(token[:, None], decoder, position[:, None])
-      token, law = draw(out.logits[:, 0], position + 1)
+      out = self._extend(params, token[:, None], decoder, position[:, None])
+      token, law = self._draw(context, out.logits[:, 0], position + 1)
       return (out.state, token), (token, law)
 
-    caught_up = out.state
     (decoder, _), (rest, laws) = jax.lax.scan(
       extend, (caught_up, first), jnp.arange(1, self.num_drafts, dtype=jnp.int32)
     )
@@ -136,16 +118,47 @@ class DraftModel(Drafter):
     q = None
     if law is not None:
       q = jnp.concatenate([law[:, None], jnp.moveaxis(laws, 0, 1)], axis=1)
+    return chain(context.root, drafts, draft_probs=q), self._after(
+      state, context, caught_up, decoder, self.num_drafts
+    )
+
+  def _extend(self, params, tokens, decoder, positions, **kwargs):
+    return self.model.apply(
+      {"params": params}, tokens, decoder, positions, method="extend", **kwargs
+    )
+
+  def _draw(self, context, logits, position):
+    """A draft per row from its logits, and the law it was drawn from where rules need it."""
+    sampler, keys = context.sampler, context.keys
+    if sampler.greedy or self.draws == "greedy":
+      return argmax(logits), None
+    if self.draws == "shared":
+      return sampler.draw(logits, keys, position), None
+    law = sampler.log_probs(logits)
+    return sampler.draw_independently(logits, keys, position), jnp.exp(law)
+
+  def _catch_up(self, params, state, context):
+    """Reads what was emitted, the root included: decoder state, logits after it."""
+    window = self.num_drafts + 1 if self._recurrent else 2
+    at = state.length[:, None] + jnp.arange(window, dtype=jnp.int32)
+    read = at <= context.length[:, None]
+    tokens = jnp.take_along_axis(context.history, at, axis=1, mode="clip")
+    out = self._extend(params, tokens, state.decoder, jnp.where(read, at, -1), logits=False)
+    last = jnp.maximum(jnp.sum(read, axis=1) - 1, 0)
+    hidden = jnp.take_along_axis(out.hidden, last[:, None, None], axis=1)[:, 0]
+    return out.state, self.model.apply({"params": params}, hidden, method="unembed")
+
+  def _after(self, state, context, caught_up, decoder, fed):
+    """State to go on from: the root and ``fed - 1`` drafts have been read."""
     if self._recurrent:
-      state = DraftModelState(caught_up, jnp.maximum(context.length + 1, state.length))
-    else:
-      state = DraftModelState(decoder, state.length)
-    return chain(context.root, drafts, draft_probs=q), state
+      length = jnp.maximum(context.length + 1, state.length)
+      return state.replace(decoder=caught_up, length=length)
+    return state.replace(decoder=decoder, length=context.length + fed)
 
   def observe(self, params, state, tree, accepted, output, context):
     if self._recurrent:
       return state
-    # It has read the root and all drafts but the last; of these the accepted ones stay read.
-    length = context.length + jnp.minimum(accepted.count, self.num_drafts)
+    # Of the drafts that were read the accepted ones stay read.
+    length = jnp.minimum(context.length + accepted.count, state.length)
     layers = tuple(layer.replace(length=length) for layer in state.decoder.layers)
-    return DraftModelState(state.decoder.replace(layers=layers), length)
+    return state.replace(decoder=state.decoder.replace(layers=layers), length=length)
