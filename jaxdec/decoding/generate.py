@@ -16,7 +16,7 @@ from jaxdec.decoding import loop
 from jaxdec.decoding.cache import capacity_for
 from jaxdec.decoding.executables import compile_seconds
 from jaxdec.decoding.profile import shares
-from jaxdec.decoding.request import TextCodec, check, parse_prompts, parse_stops
+from jaxdec.decoding.request import TextCodec, check, parse_prefix, parse_prompts, parse_stops
 from jaxdec.decoding.sampling import Sampler, request_keys
 from jaxdec.decoding.stats import Stats, acceptance
 from jaxdec.decoding.text import RowText
@@ -69,8 +69,8 @@ def generate(
     prompts: list of texts or token-id lists, of any lengths.
     stream: called with every ``Piece`` as it comes; the pieces are exactly the final tokens.
     options: keywords of ``generate_stream``, where they are explained: max_new_tokens, sampler,
-      drafter, drafter_params, drafter_state, rule, stop, seed, tokenizer, prefill_chunk, interval,
-      profile.
+      drafter, drafter_params, drafter_state, rule, stop, seed, tokenizer, prefix, prefill_chunk,
+      interval, profile.
 
   Returns:
     Generation.
@@ -104,6 +104,7 @@ def generate_stream(
   stop: Any = ...,
   seed: int | list[int] = 0,
   tokenizer: TextCodec | None = None,
+  prefix: Any = None,
   prefill_chunk: int | None = None,
   interval: int | None = 4,
   profile: bool = False,
@@ -121,6 +122,9 @@ def generate_stream(
     seed: an integer (row i draws from ``fold_in(key(seed), i)``) or one integer per row (each row
       draws what it would alone with that seed). A row depends on its prompt and seed, never on
       its neighbours.
+    prefix: embeddings in place of some of the prompts' tokens, such as an image's: for each prompt
+      None or ``(start, values [n, D])``, which stands for its tokens ``start .. start + n - 1``
+      (any ids, such as the model's image token). What the model would read there, unscaled.
     prefill_chunk: bound on the tokens read per prefill pass.
     interval: target passes between pieces; None: as few pieces as possible.
     profile: measure the shares of drafting and verifying after decoding (compiles three more
@@ -131,6 +135,7 @@ def generate_stream(
   prompts = parse_prompts(prompts, config, tokenizer)
   stops = parse_stops(stop, config, tokenizer)
   check(prompts, max_new_tokens, config, seed, drafter, drafter_params, rule, sampler)
+  prefix = parse_prefix(prefix, prompts, config)
   if model.layout != "unrolled":
     raise UserError("decoding needs the unrolled layout; convert with jaxdec.models.unstack_layers")
   if prefill_chunk is not None and prefill_chunk < 1:
@@ -148,6 +153,7 @@ def generate_stream(
     rule,
     seed,
     tokenizer,
+    prefix,
     prefill_chunk,
     interval,
     profile,
@@ -167,6 +173,7 @@ def _run(
   rule,
   seed,
   tokenizer,
+  prefix,
   prefill_chunk,
   interval,
   profile,
@@ -199,7 +206,7 @@ def _run(
     keep = min(keep, capacity // chunk * chunk)
   clock.lap()
   state, output = loop.prefill(
-    params, history, lengths, model=model, chunk=chunk, capture=capture, keep=keep
+    params, history, lengths, prefix, model=model, chunk=chunk, capture=capture, keep=keep
   )
   warm = None if drafter_state is None else jax.tree.map(jnp.copy, drafter_state)
   carry = loop.begin(
@@ -211,6 +218,7 @@ def _run(
     history,
     lengths,
     request,
+    prefix,
     **static,
     warm=warm is not None,
   )

@@ -49,7 +49,7 @@ class Request:
 
 
 def _prefill(
-  params, history, lengths, *, model: Decoder, chunk: int, capture, keep
+  params, history, lengths, prefix=None, *, model: Decoder, chunk: int, capture, keep
 ) -> tuple[DecoderState, TargetOutput]:
   state, hidden, features = read_prompt(
     model,
@@ -60,6 +60,7 @@ def _prefill(
     chunk=chunk,
     capture=capture,
     keep=keep,
+    prefix=prefix,
   )
   return state, TargetOutput(hidden, features)
 
@@ -73,6 +74,7 @@ def _begin(
   history,
   lengths,
   request: Request,
+  prefix=None,
   *,
   model: Decoder,
   drafter: Drafter | None,
@@ -96,7 +98,10 @@ def _begin(
       # Hidden from the compiler: it would spend seconds folding attention over an empty cache.
       draft = jax.lax.optimization_barrier(drafter.init_state(batch, capacity))
     prompt = Prompt(
-      history[:, : hidden.shape[1]] if drafter.needs_prompt_hidden else history, lengths, root
+      history[:, : hidden.shape[1]] if drafter.needs_prompt_hidden else history,
+      lengths,
+      root,
+      prefix,
     )
     draft = drafter.start(draft_params, draft, prompt, output, Target(model, params, state))
   history = write_rows(history, root[:, None], lengths)

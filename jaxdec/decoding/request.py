@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxdec.decoding.sampling import Sampler
@@ -14,6 +15,7 @@ from jaxdec.decoding.verify import Rule
 from jaxdec.drafting.base import Drafter
 from jaxdec.errors import UserError
 from jaxdec.models.config import DecoderConfig
+from jaxdec.models.prefill import Prefix
 
 
 class TextCodec(Protocol):
@@ -96,6 +98,45 @@ def _encode(i: int, prompt, config: DecoderConfig, tokenizer: TextCodec | None) 
       f"{array.dtype} of shape {array.shape}"
     )
   return [int(t) for t in array]
+
+
+PREFIX_SLOTS = 16  # prefixes are padded to a multiple of this
+
+
+def parse_prefix(prefix, prompts: list[list[int]], config: DecoderConfig) -> Prefix | None:
+  """One ``(start, values [n, D])`` or None per prompt to a padded batch; None where all are."""
+  if prefix is None:
+    return None
+  entries = list(prefix)
+  if len(entries) != len(prompts):
+    raise UserError(
+      f"prefix has {len(entries)} entries for {len(prompts)} prompts; give one each, None for text"
+    )
+  rows = []
+  for i, entry in enumerate(entries):
+    try:
+      start, values = (0, np.zeros((0, config.dim))) if entry is None else entry
+      start, values = int(start), np.asarray(values, np.float32)
+    except (TypeError, ValueError) as error:
+      raise UserError(f"prefix {i} must be None or (start, values [n, D]): {error}") from None
+    if values.ndim != 2 or values.shape[1] != config.dim:
+      raise UserError(
+        f"prefix {i} must hold embeddings [n, {config.dim}], got an array of shape {values.shape}"
+      )
+    if start < 0 or start + len(values) > len(prompts[i]):
+      raise UserError(
+        f"prefix {i} stands for the tokens {start}..{start + len(values) - 1} of its prompt, which "
+        f"has {len(prompts[i])}; put a placeholder token there for each embedding"
+      )
+    rows.append((start, values))
+  longest = max(len(values) for _, values in rows)
+  if not longest:
+    return None
+  padded = np.zeros((len(rows), -(-longest // PREFIX_SLOTS) * PREFIX_SLOTS, config.dim), np.float32)
+  for i, (_, values) in enumerate(rows):
+    padded[i, : len(values)] = values
+  starts, counts = np.asarray([[start, len(values)] for start, values in rows], np.int32).T
+  return Prefix(jnp.asarray(padded), jnp.asarray(starts), jnp.asarray(counts))
 
 
 def check(

@@ -16,6 +16,7 @@ from jaxdec.drafting.eagle import Eagle
 from jaxdec.drafting.eagle3 import Eagle3
 from jaxdec.drafting.early_exit import EarlyExit
 from jaxdec.drafting.falcon import Falcon
+from jaxdec.drafting.flash_vlm import Flash
 from jaxdec.drafting.fspad import Fspad
 from jaxdec.drafting.hass import Hass
 from jaxdec.drafting.hidden_transfer import HiddenTransfer
@@ -32,10 +33,12 @@ from jaxdec.drafting.prompt_lookup import PromptLookup
 from jaxdec.drafting.registry import get, names, register
 from jaxdec.drafting.selection import argmax, top_k
 from jaxdec.drafting.specdec import SpecDec
+from jaxdec.drafting.specvlm import SpecVLM
 from jaxdec.drafting.static_tree import StaticTree, expected_tokens, greedy_tree
 from jaxdec.drafting.token_recycling import TokenRecycling
 from jaxdec.drafting.trained import TrainedDrafter
 from jaxdec.drafting.tree import Tree, chain
+from jaxdec.drafting.vispec import ViSpec
 from jaxdec.drafting.vocabulary import DraftVocabulary
 
 register("none", lambda: None)
@@ -68,6 +71,7 @@ __all__ = [
   "Eagle3",
   "EarlyExit",
   "Falcon",
+  "Flash",
   "Fspad",
   "Hass",
   "HiddenTransfer",
@@ -81,6 +85,7 @@ __all__ = [
   "PromptLookup",
   "SparseTrees",
   "SpecDec",
+  "SpecVLM",
   "StaticTree",
   "Target",
   "TargetOutput",
@@ -88,6 +93,7 @@ __all__ = [
   "TokenRecycling",
   "TrainedDrafter",
   "Tree",
+  "ViSpec",
   "argmax",
   "chain",
   "choose_budget",

@@ -52,11 +52,15 @@ class TargetOutput:
 
 @struct.dataclass
 class Prompt:
-  """Prompts after prefill. ``tokens`` is right-padded; ``root`` is the first generated token."""
+  """Prompts after prefill. ``tokens`` is right-padded; ``root`` is the first generated token.
+
+  ``prefix``: embeddings the target read in place of a span of tokens (``jaxdec.models.Prefix``).
+  """
 
   tokens: Int[Array, "B T"]
   lengths: Int[Array, "B"]
   root: Int[Array, "B"]
+  prefix: Any = None
 
 
 @struct.dataclass

@@ -12,6 +12,7 @@ from jaxdec.drafting.dspark import DSpark
 from jaxdec.drafting.eagle import Eagle
 from jaxdec.drafting.eagle3 import Eagle3
 from jaxdec.drafting.falcon import Falcon
+from jaxdec.drafting.flash_vlm import Flash
 from jaxdec.drafting.fspad import Fspad
 from jaxdec.drafting.hass import Hass
 from jaxdec.drafting.hidden_transfer import HiddenTransfer
@@ -20,7 +21,9 @@ from jaxdec.drafting.masked_mtp import MaskedMTP
 from jaxdec.drafting.medusa import Medusa
 from jaxdec.drafting.mtp import Mtp, MtpModules
 from jaxdec.drafting.ppd import PPD
+from jaxdec.drafting.specvlm import SpecVLM
 from jaxdec.drafting.trained import TrainedDrafter
+from jaxdec.drafting.vispec import ViSpec
 
 _ALL: tuple[type[TrainedDrafter], ...] = (
   Medusa,
@@ -42,6 +45,9 @@ _ALL: tuple[type[TrainedDrafter], ...] = (
   PPD,
   MaskedMTP,
   HiddenTransfer,
+  SpecVLM,
+  ViSpec,
+  Flash,
 )
 
 KINDS: dict[str, type[TrainedDrafter]] = {kind.name: kind for kind in _ALL}

@@ -17,6 +17,7 @@ from jaxdec.models.decoder import (
   stack_layers,
   unstack_layers,
 )
+from jaxdec.models.prefill import Prefix
 
 __all__ = [
   "BlockFFNConfig",
@@ -28,6 +29,7 @@ __all__ = [
   "LayerConfig",
   "MLPConfig",
   "NormConfig",
+  "Prefix",
   "stack_layers",
   "tiny_llama",
   "unstack_layers",

@@ -7,12 +7,33 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Float, Int
 
 from jaxdec.models.config import Capture
-from jaxdec.models.decoder import Decoder, DecoderState
+from jaxdec.models.decoder import Decoder, DecoderState, Embeddings
 
 CHUNKS = (16, 64, 128, 256)  # each ladder step is one compilation; a prompt is padded to its chunk
+
+
+@struct.dataclass
+class Prefix:
+  """Embeddings (of an image, say) in place of a span of each prompt's tokens, at its positions.
+
+  Attributes:
+    values: right-padded. start: position of the first. count: how many; 0: a text-only row.
+  """
+
+  values: Float[Array, "B N D"]
+  start: Int[Array, "B"]
+  count: Int[Array, "B"]
+
+  def embeddings(self, positions: Int[Array, "#B T"]) -> Embeddings:
+    """What ``Decoder`` takes for tokens at ``positions``."""
+    index = positions - self.start[:, None]
+    inside = (index >= 0) & (index < self.count[:, None])
+    index = jnp.clip(index, 0, self.values.shape[1] - 1)
+    return jnp.take_along_axis(self.values, index[..., None], axis=1), inside
 
 
 def choose_chunk(longest: int, limit: int | None = None) -> int:
@@ -36,6 +57,7 @@ def read_prompt(
   chunk: int,
   capture: Capture | tuple[int, ...] = (),
   keep: int | None = None,
+  prefix: Prefix | None = None,
 ) -> tuple[DecoderState, Float[Array, "B T D"], tuple[Float[Array, "B T D"], ...]]:
   """Feeds right-padded prompts to an empty state, ``chunk`` tokens at a time.
 
@@ -47,6 +69,7 @@ def read_prompt(
     capture: layer inputs to record.
     keep: None returns hidden and features at the last valid position of each row (T = 1); a number
       T, a multiple of ``chunk``, returns the first T positions (undefined beyond ``lengths``).
+    prefix: read in place of the tokens it covers.
 
   Returns:
     state, hidden (post final norm), features.
@@ -65,10 +88,12 @@ def read_prompt(
     start = i * chunk
     piece = jax.lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1)
     position = start + jnp.arange(chunk, dtype=jnp.int32)
+    embeddings = None if prefix is None else prefix.embeddings(position[None])
     position = jnp.where(position < lengths[:, None], position, -1)
     out = model.apply(
-      {"params": params}, piece, state, position, method="extend", capture=capture, logits=False
-    )
+      {"params": params}, piece, state, position,
+      method="extend", capture=capture, logits=False, embeddings=embeddings,
+    )  # fmt: skip
 
     def record(buffer, x):
       x = x.astype(buffer.dtype)

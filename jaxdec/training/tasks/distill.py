@@ -22,6 +22,7 @@ import numpy as np
 from jaxdec.drafting.base import Params, Target, TargetOutput
 from jaxdec.drafting.checkpoint import fingerprint, save_drafter, to_config
 from jaxdec.drafting.dynamic_tree import DynamicTree
+from jaxdec.drafting.prefix_drafter import prefix_of
 from jaxdec.drafting.static_tree import StaticTree, expected_tokens, greedy_tree
 from jaxdec.drafting.trained import TrainedDrafter
 from jaxdec.errors import UserError
@@ -67,6 +68,7 @@ class Distill(Task):
       stacked = batch[FEATURES].astype(self.model.dtype) if FEATURES in batch else None
       features = tuple(stacked[:, :, i] for i in range(len(self.drafter.capture)))
     else:
+      images = prefix_of(batch)
       out = self.model.apply(
         {"params": params},
         batch["tokens"],
@@ -74,6 +76,7 @@ class Distill(Task):
         batch["segment_ids"],
         capture=self.drafter.capture,
         logits=False,
+        embeddings=None if images is None else images.embeddings(batch["positions"]),
       )
       # Nothing of the drafter is compiled into the target's pass: states that were computed in a
       # program of their own are the same numbers.
