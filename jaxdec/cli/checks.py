@@ -21,7 +21,8 @@ MESH_AXES = ("data", "fsdp", "tensor", "seq", "dcn_data", "dcn_fsdp")
 _AT_LEAST = {
   "max_new_tokens": 1, "steps": 1, "batch_size": 1, "seq_len": 2, "prompts": 1, "num_prompts": 1,
   "repeats": 1, "draws": 100, "num_heads": 1, "tree_nodes": 2,
-  "checkpoint_every": 1, "cache_length": 1, "log_every": 1, "top_k": 1,
+  "checkpoint_every": 1, "cache_length": 1, "log_every": 1, "top_k": 1, "shards": 1,
+  "prompt_tokens": 1, "num_processes": 1, "acceptance_every": 1,
 }  # fmt: skip
 
 

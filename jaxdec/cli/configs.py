@@ -84,7 +84,9 @@ class Distill:
   drafter: str = "hydra"
   """Any drafter that is trained, such as medusa, hydra, eagle3 (a wrong name lists all)."""
   data: str = "python_stdlib"
-  """python_stdlib, or a folder (or file) of .txt, .py, .md or .jsonl."""
+  """python_stdlib, a folder (or file) of .txt, .py, .md or .jsonl, a JSONL file whose lines are
+  {"messages": [...]}, what `jaxdec regenerate` wrote, or a mixture such as
+  '0.7*answers + 0.3*python_stdlib'."""
   work_dir: str | None = None
   """Folder of the run, by default a new one below runs/; one that holds this run is resumed."""
   steps: int = 1000
@@ -116,6 +118,12 @@ class Distill:
   """Steps between reports; by default about twenty reports a run."""
   tensorboard: bool = False
   """Also write TensorBoard events."""
+  acceptance_every: int | None = None
+  """Steps between measurements of real tokens per step, by decoding held-out prompts."""
+  teacher: Literal["online", "streamed", "cached"] = "online"
+  """The model runs in the training step, ahead of it, or once for all epochs, kept on disk."""
+  teacher_dtype: Literal["float32", "bfloat16"] = "float32"
+  """Of streamed and cached states."""
   seed: int = 0
   """Seed of initial parameters and data order."""
 

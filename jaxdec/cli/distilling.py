@@ -55,6 +55,8 @@ def settings(config: configs.Distill, mesh: dict[str, int], work_dir: str):
   return DistillConfig(
     drafter=config.drafter, options=options, data=config.data, batch_size=config.batch_size,
     seq_len=config.seq_len, num_nodes=config.tree_nodes,
+    acceptance_every=config.acceptance_every, teacher=config.teacher,
+    teacher_dtype=config.teacher_dtype,
     trainer=TrainerConfig(
       work_dir=work_dir, steps=config.steps, seed=config.seed, mesh=MeshConfig(**mesh),
       checkpoint_every=config.checkpoint_every, log_every=config.log_every,

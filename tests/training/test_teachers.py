@@ -24,7 +24,8 @@ from jaxdec.data.mixture import Mixture, make_batches
 from jaxdec.drafting.kinds import KINDS
 from jaxdec.errors import UserError
 from jaxdec.parallel import make_mesh
-from jaxdec.training import OptimizerConfig, Trainer, TrainerConfig
+from jaxdec.parallel.sequence import SequenceConfig
+from jaxdec.training import MeshConfig, OptimizerConfig, Trainer, TrainerConfig
 from jaxdec.training.tasks.distill import FEATURES, HIDDEN, Distill
 from jaxdec.training.teachers import Cache, Cached, States, Streamed, row_keys
 
@@ -199,6 +200,28 @@ def test_what_is_wrong_with_a_cache_is_named(tmp_path):
     Cache(tmp_path / "c", states(), 16)
   with pytest.raises(UserError, match="teacher_dtype must be one of"):
     States(task(), make_mesh(), "int8")
+
+
+@pytest.mark.slow
+def test_sequences_split_over_devices(tmp_path):
+  """States of a split target: those of one device, and streamed as online on the same mesh."""
+  t = target()
+  model = t.model.clone(sequence=SequenceConfig())
+  split = Distill(task("medusa").drafter, model, t.params)
+  mesh = make_mesh(seq=2)
+  config = TrainerConfig(
+    steps=3, progress=False, mesh=MeshConfig(seq=2),
+    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1),
+  )  # fmt: skip
+  for a, b in itertools.islice(
+    zip(Streamed(batches(), States(split, mesh)), Streamed(batches(), states("medusa"))), 3
+  ):
+    np.testing.assert_allclose(a[HIDDEN], b[HIDDEN], atol=1e-5)
+  runs = [
+    Trainer(split, config, data=data).train()
+    for data in (batches(), Streamed(batches(), States(split, mesh)))
+  ]
+  jax.tree.map(np.testing.assert_array_equal, *(r.params for r in runs))
 
 
 class Slow:
