@@ -37,6 +37,7 @@ from jaxdec.drafting.early_exit import (
   check_layers,
   drawing,
   exit_logits,
+  first_nodes,
   round_cost,
   speculate,
   top_probability,
@@ -104,9 +105,11 @@ class DynamicExit(Drafter):
 
   Attributes:
     exits: candidate layers; None: 1 .. L-1.
-    max_drafts: longest draft; the verify pass is always ``max_drafts + 1`` nodes wide.
-    discount: w. interval: rounds from one look at the shadow tokens to the next: a look costs
-      ``J (max_drafts + 1)`` rows of the LM head.
+    max_drafts: longest draft.
+    widths: numbers of nodes that verify passes are compiled for, besides ``max_drafts + 1``; a pass
+      takes the least that holds the draft (one program holds them all).
+    discount: w. interval: rounds from one look at the shadow tokens to the next: a look costs J
+      rows of the LM head for each node accepted.
     head_layers: c, what a pass of the LM head costs in layers.
     stopping: stop drafting at unsure drafts.
     draws: see ``EarlyExit``.
@@ -114,6 +117,7 @@ class DynamicExit(Drafter):
 
   exits: tuple[int, ...] | None = None
   max_drafts: int = 12
+  widths: tuple[int, ...] = (1, 3, 6)
   discount: float = 0.95
   interval: int = 1
   head_layers: float = 0.0
@@ -128,6 +132,8 @@ class DynamicExit(Drafter):
         "del needs max_drafts >= 1, interval >= 1 and discount in (0, 1], got "
         f"{self.max_drafts}, {self.interval} and {self.discount}"
       )
+    if any(w < 1 for w in self.widths):
+      raise UserError(f"widths must be at least 1, got {self.widths}")
     if self.draws not in ("greedy", "shared"):
       raise UserError(f"del draws 'greedy' or 'shared', got {self.draws!r}")
 
@@ -187,26 +193,38 @@ class DynamicExit(Drafter):
     return tree, state.replace(chosen=state.chosen.at[j, made].add(1))
 
   def verify(self, params, tree: EarlyExitTree, context: Context):
-    return verify_from_exit(tree, context, self.candidates(context.target))
+    exits = self.candidates(context.target)
+
+    def narrow(width):
+      out = verify_from_exit(first_nodes(tree, width), context, exits)
+      widen = lambda x, axis: _widened(x, self.num_nodes, axis)  # noqa: E731
+      rows = jax.tree.map(lambda x: widen(x, 1), out.replace(pending=None))
+      return rows.replace(pending=jax.tree.map(lambda x: widen(x, 2), out.pending))
+
+    return self._at_width(jnp.sum(tree.valid, axis=1), narrow)
 
   def observe(self, params, state, tree, accepted, output, context):
+    draw = drawing(context, self.draws)
     right = jnp.arange(tree.tokens.shape[1]) < accepted.count[:, None]  # contexts
     position = context.length[:, None] + tree.depth + 1
-    draw = drawing(context, self.draws)
 
-    def learn(state):
+    def learn(width):
+      streams, tokens, trials, at = jax.tree.map(
+        lambda x: x[:, :width], (output.features, accepted.tokens, right, position)
+      )
       return self._learn(
-        state,
-        context.target,
-        output.features,
-        accepted.tokens,
-        right,
-        lambda logits: draw(logits, position),
+        state, context.target, streams, tokens, trials, lambda logits: draw(logits, at)
       )
 
     due = state.rounds % self.interval == 0
-    state = jax.lax.cond(due, learn, lambda s: s, state)
+    state = jax.lax.cond(due, lambda: self._at_width(accepted.count, learn), lambda: state)
     return state.replace(rounds=state.rounds + 1)
+
+  def _at_width(self, needed: Int[Array, "B"], run):
+    """``run(width)`` of the least compiled width that every row's ``needed`` nodes fit in."""
+    widths = sorted({w for w in self.widths if w < self.num_nodes} | {self.num_nodes})
+    index = jnp.sum(jnp.max(needed) > jnp.asarray(widths[:-1], jnp.int32))
+    return jax.lax.switch(index, [lambda w=w: run(w) for w in widths])
 
   def _learn(self, state, target, streams, tokens, trials, draw) -> ExitStatistics:
     """One round's trials ``[B,T]``: the shadow tokens of each exit against ``tokens``."""
@@ -224,6 +242,13 @@ class DynamicExit(Drafter):
       hit_sum=keep * state.hit_sum + hits,
       miss_sum=keep * state.miss_sum + misses,
     )
+
+
+def _widened(x: Array, width: int, axis: int) -> Array:
+  """Filled up with zeros, which no node that counts reads."""
+  padding = [(0, 0)] * x.ndim
+  padding[axis] = (0, width - x.shape[axis])
+  return jnp.pad(x, padding)
 
 
 def measured_cost(

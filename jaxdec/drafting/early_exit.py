@@ -240,6 +240,19 @@ def verify_from_exit(
   return DecoderOutput(logits, hidden, tuple(stream[i] for i in features), pending=tuple(pending))
 
 
+def first_nodes(tree: EarlyExitTree, width: int) -> EarlyExitTree:
+  """The chain's first ``width`` nodes, root included."""
+  nodes = lambda x: x[:, :width]  # noqa: E731
+  return tree.replace(
+    **{name: nodes(getattr(tree, name)) for name in ("tokens", "parent", "depth", "valid")},
+    max_depth=width - 1,
+    fed=Fed(
+      tuple(map(nodes, tree.fed.stream)),
+      tuple(KVPending(p.k[:, :, :width], p.v[:, :, :width]) for p in tree.fed.pending),
+    ),
+  )
+
+
 def top_probability(logits: Float[Array, "... V"]) -> Float[Array, "..."]:
   """The largest entry of the softmax."""
   return jnp.exp(jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1))

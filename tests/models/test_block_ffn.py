@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from jaxdec.decoding import Sampler, generate
-from jaxdec.drafting import DraftModel, EarlyExit
+from jaxdec.drafting import EarlyExit
 from jaxdec.errors import UserError
 from jaxdec.mixers import AttentionConfig
 from jaxdec.models import (
@@ -120,21 +120,16 @@ def target(union=None, layout="unrolled"):
   return model, stack_layers(params, config) if layout == "scanned" else params
 
 
-@pytest.mark.parametrize("sampler", [Sampler(), Sampler(1.0)])
+@pytest.mark.parametrize("sampler", [Sampler(), pytest.param(Sampler(1.0), marks=pytest.mark.slow)])
 def test_speculation_on_it_is_lossless(sampler):
-  """Trees and chains over a target that decodes with unions, drafted by its own first layers."""
+  """A target that decodes with unions of experts, drafted by its own first layers."""
   model, params = target(union=4)
   dense, _ = target()
   run = functools.partial(
     generate, prompts=[[1, 2, 3], [4]], max_new_tokens=20, sampler=sampler, stop=None
   )
-  expected = run(dense, params).tokens
-  assert run(model, params, drafter=EarlyExit(exit=2, num_drafts=3)).tokens == expected
-  draft = DraftModel(model=dense, num_drafts=2)
-  if sampler.greedy:
-    out = run(model, params, drafter=draft, drafter_params=params)
-    assert out.tokens == expected
-    assert out.stats.tokens_per_step > 2.5
+  drafter = EarlyExit(exit=2, num_drafts=3)
+  assert run(model, params, drafter=drafter).tokens == run(dense, params).tokens
 
 
 def test_config_and_layouts():
