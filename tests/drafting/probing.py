@@ -10,7 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy_target import VOCAB, batch_of, init, randomized, run, target
+from toy_target import (
+  VOCAB,
+  batch_of,
+  greedy_text,
+  init,
+  overfit_batch,
+  randomized,
+  replace,
+  run,
+  target,
+  train,
+)
 from universal import Universal
 
 from jaxdec.decoding import generate
@@ -86,6 +97,7 @@ class Probing(Universal):
   """Derive as ``Universal``; the target's state after the prompt is there at the start."""
 
   options = {"anchors": None}  # noqa: RUF012
+  reached = 0.99  # accuracy at every depth on a text learned by heart
 
   def test_train_step_equals_serve_step(self):
     """Logits at probes behind a text's slots are those of probes behind the state after them."""
@@ -190,3 +202,29 @@ class Probing(Universal):
     some = forced_at(params, jnp.asarray([[2, 7]]))
     for key, hidden in some.items():
       np.testing.assert_allclose(hidden, every[key][:, [2, 7]], atol=1e-5)
+
+  @pytest.mark.slow
+  def test_learns_one_text_by_heart(self):
+    """Decoding accepts, step by step, exactly the drafts that the training graph gets right."""
+    t, length, start = target(seed=1), 96, 8
+    drafter = self.make(**{**self.overfit_options, "anchors": 32})
+    text = greedy_text(t, range(1, 1 + start), length)
+    batch = overfit_batch(text)
+    params, _ = train(drafter, t, batch, self.steps, self.learning_rate)
+    drafter = replace(drafter, anchors=None)
+    # All slots, those of the end too, whose drafts reach beyond the text.
+    longer = batch_of([np.concatenate([text, np.zeros(5, np.int32)])])
+    drafts = [np.argmax(x[0], axis=-1) for x in self.logits_of(drafter, params, t, longer)]
+    labels = np.concatenate([text, np.full(5, -1)])
+    right = np.stack([drafts[k][: length - 1] == labels[k + 2 :][: length - 1] for k in range(3)])
+    for k in range(3):
+      assert np.mean(right[k, start - 1 : length - 2 - k]) >= self.reached
+    at, steps = start, 0
+    while at < length - 1:  # ``at`` tokens read, the next one is the root
+      at, steps = at + 1 + int(np.sum(np.cumprod(right[:, at - 1]))), steps + 1
+    out = generate(
+      t.model, t.params, [[int(x) for x in text[:start]]], max_new_tokens=length - start,
+      drafter=drafter, drafter_params=params, stop=None,
+    )  # fmt: skip
+    assert out.tokens[0] == [int(x) for x in text[start:]]
+    assert out.stats.row_steps == (steps,)

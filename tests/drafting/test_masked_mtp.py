@@ -38,6 +38,8 @@ from pallas_kernels.testing import COMPILE_ONCE
 class TestMaskedMTP(Probing):
   kind = MaskedMTP
   options = {"anchors": None, "rank": 4}  # noqa: RUF012
+  overfit_options = {"objective": "hard", "rank": 16}  # noqa: RUF012
+  steps = 150
 
 
 def masked(t, **options):
