@@ -20,6 +20,8 @@ from jaxdec.drafting import (
   TrainedDrafter,
   greedy_tree,
 )
+from jaxdec.drafting.base import Target
+from jaxdec.drafting.vocab_trim import frequent, trim
 from jaxdec.models import DecoderConfig
 from jaxdec.training import OptimizerConfig, TrainerConfig
 
@@ -72,7 +74,8 @@ class Arm:
     learning_rate: where a method needs another one than the budget's (a few embeddings, say).
     trained_as: the arm whose trained parameters are used; this one differs at decoding only.
     untrained: makes a drafter that has nothing to train, for the target's configuration.
-    shapes: the trees it is measured with.
+    shapes: the trees it is measured with. after: what is done to each of them, given its
+      parameters, the target and how often each token occurs in the training text.
   """
 
   name: str
@@ -82,6 +85,9 @@ class Arm:
   trained_as: str | None = None
   untrained: Callable[[DecoderConfig], Drafter] | None = None
   shapes: Callable[[Any, Any], Shapes] = with_trees
+  after: Callable[[Any, Any, Target, np.ndarray], tuple[Drafter, Any]] = (
+    lambda drafter, params, target, counts: (drafter, params)
+  )
 
   def job(self, budget: Budget, work_dir: Path) -> DistillConfig:
     """Its distillation; ``work_dir/name`` is the folder."""
@@ -110,6 +116,11 @@ def drafts_only(drafter: Drafter, accuracy: Any) -> Shapes:
   return {"chain5": drafter}
 
 
+def trimmed(drafter: Drafter, params: Any, target: Target, counts: np.ndarray):
+  """VocabTrim to the most frequent quarter of the tokens."""
+  return trim(drafter, params, target, frequent(counts, len(counts) // 4))
+
+
 _HEADS = {"share_head": True, "objective": "soft"}
 _ALL = (
   Arm(name="medusa", kind="medusa", options=_HEADS),
@@ -120,15 +131,20 @@ _ALL = (
   Arm(name="chimera", kind="chimera", options={"share_head": True}),
   Arm(name="eagle", kind="eagle"),
   Arm(name="eagle2", trained_as="eagle", shapes=with_dynamic_trees),
+  Arm(name="eagle_trimmed", trained_as="eagle", after=trimmed),
   Arm(name="hass", kind="hass"),
   Arm(name="fspad", kind="fspad"),
   Arm(name="dovetail", kind="dovetail"),
+  Arm(name="falcon", kind="falcon"),
+  Arm(name="mtp", kind="mtp"),
+  Arm(name="mtp_modules", kind="mtp_modules"),
   Arm(name="eagle3", kind="eagle3"),
   Arm(name="eagle3_dynamic", trained_as="eagle3", shapes=with_dynamic_trees),
+  Arm(name="p_eagle", kind="p_eagle"),
   Arm(name="dflash", kind="dflash", options={"labels": "from_anchor", "num_anchors": 64}),
   Arm(name="dspark", kind="dspark", options={"rank": 64, "num_anchors": 64}),
   Arm(name="ppd", kind="ppd", learning_rate=1e-2),
-  Arm(name="masked_mtp", kind="masked_mtp", options={"rank": 16, "decoding": "linear"}),
+  Arm(name="masked_mtp", kind="masked_mtp", options={"rank": 16}),
   Arm(name="hidden_transfer", kind="hidden_transfer"),
   Arm(
     name="early_exit", shapes=drafts_only,
@@ -138,7 +154,7 @@ _ALL = (
 )  # fmt: skip
 ARMS: dict[str, Arm] = {arm.name: arm for arm in _ALL}
 # Registered drafters that take no part, and why.
-LEFT_OUT: dict[str, str] = {}
+LEFT_OUT = dict.fromkeys(("specvlm", "vispec", "flash"), "reads images; on text an EAGLE drafter")
 # (larger, smaller, strictly): the published order, each pair on the same prompts.
 CLAIMS = (
   ("hydra", "medusa", True),

@@ -110,15 +110,19 @@ def one(lm: Any, arm: Arm, budget: Budget, corpora: Corpora, prompts, folder: Pa
     drafter, params = load_drafter(run, Target(lm.model, lm.params, None))
     facts["tau_sim"] = float(np.asarray(done.result.metrics.get("tokens_per_step", np.nan)))
     facts["train_tokens_per_second"] = speed(run)
-  shapes = arm.shapes(drafter, accuracy)
-  arms = [bench.Arm(name, shaped, params) for name, shaped in shapes.items()]
+  counts = np.bincount(np.asarray(corpora.train.tokens), minlength=lm.config.vocab_size)
+  target = Target(lm.model, lm.params, None)
+  arms = [
+    bench.Arm(name, *arm.after(shaped, params, target, counts))
+    for name, shaped in arm.shapes(drafter, accuracy).items()
+  ]
   settings = bench.BenchConfig(
     max_new_tokens=budget.new_tokens, temperatures=(0.0,), repeats=budget.repeats
   )
   facts |= {
     "drafter": arm.name,
     "accuracy": accuracy,
-    "draft_share": draft_share(lm, next(iter(shapes.values())), params, prompts[0], budget),
+    "draft_share": draft_share(lm, arms[0].drafter, arms[0].params, prompts[0], budget),
     "rows": bench.run(lm.model, lm.params, arms, prompts, settings),
     "seconds": time.perf_counter() - began,
   }
