@@ -150,7 +150,8 @@ def make_trainer(
   watch: Callable[[], None] = lambda: None,
 ) -> tuple[Trainer, Distill]:
   """The trainer and its task; nothing of it is compiled yet. A cached teacher writes its states."""
-  task = Distill(make_drafter(config, model.config), model, params)
+  drafter = make_drafter(config, model.config)
+  task = Distill(drafter, model, params, runs_target=config.teacher != "cached")
   mesh = make_mesh(**dataclasses.asdict(config.trainer.mesh))
   share = batch_share(mesh)
   shape = {"batch_size": config.batch_size, "seq_len": config.seq_len}

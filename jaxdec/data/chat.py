@@ -326,12 +326,13 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     raise UserError(f"{path} is not UTF-8 text ({error}); convert it") from error
 
 
-def holds_conversations(path: str | Path) -> bool:
-  """Whether the first line of a JSONL file has ``messages``."""
-  if Path(path).suffix != ".jsonl" or not Path(path).is_file():
-    return False
-  first = next(read_lines(path), None)
-  return first is not None and "messages" in first[1]
+def conversation_files(path: str | Path) -> list[Path]:
+  """The JSONL files that ``path`` is or holds, if the first line of the first has ``messages``."""
+  path = Path(path).expanduser()
+  files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+  files = [f for f in files if f.suffix == ".jsonl" and f.is_file() and f.name[0] != "."]
+  first = next(read_lines(files[0]), None) if files else None
+  return files if first is not None and "messages" in first[1] else []
 
 
 def chat_corpus(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 from typing import Any
@@ -151,14 +152,15 @@ def make_batches(source: Corpus | Mixture, **options: Any) -> grain.DatasetItera
 
 def load_source(name: str, split: str, tokenizer: Any) -> Corpus:
   """A split of one source: a folder of ``jaxdec regenerate``, conversations, or text."""
-  from jaxdec.data.chat import chat_corpus, holds_conversations, read_conversations
+  from jaxdec.data.chat import chat_corpus, conversation_files, read_conversations
   from jaxdec.data.corpus import tokenize_documents
   from jaxdec.data.regenerated import is_regenerated, regenerated_corpus
 
   if is_regenerated(name):
     return regenerated_corpus(name, tokenizer, split)
-  if holds_conversations(name):
-    return chat_corpus(read_conversations(name), tokenizer, split)
+  if files := conversation_files(name):
+    found = itertools.chain.from_iterable(map(read_conversations, files))
+    return chat_corpus(found, tokenizer, split)
   return tokenize_documents(open_source(name, split), tokenizer)
 
 

@@ -14,11 +14,12 @@ from jaxdec.data.chat import (
   ChatTemplate,
   Conversation,
   chat_corpus,
+  conversation_files,
   encode,
   end_texts,
-  holds_conversations,
   read_conversations,
 )
+from jaxdec.data.mixture import load_data
 from jaxdec.errors import UserError
 from jaxdec.io.tokenizers import Tokenizer
 from jaxdec.lm import TINY
@@ -274,9 +275,16 @@ def test_the_files_of_a_model_folder(tmp_path):
 
 
 def test_which_files_hold_conversations(tmp_path):
-  assert holds_conversations(conversations(tmp_path))
-  assert not holds_conversations(write(tmp_path / "text.jsonl", {"text": "x"}))
-  assert not holds_conversations(tmp_path / "none.jsonl")
+  chats = conversations(tmp_path)
+  (tmp_path / "a note.txt").write_text("x")
+  assert conversation_files(chats) == conversation_files(tmp_path) == [chats]
+  (tmp_path / "text").mkdir()
+  text = write(tmp_path / "text" / "text.jsonl", {"text": "x"})
+  assert conversation_files(text) == conversation_files(text.parent) == []
+  assert conversation_files(tmp_path / "none.jsonl") == []
+  more = write(tmp_path / "more.jsonl", {"messages": list(talk(Q1, A1).messages)})
+  assert conversation_files(tmp_path) == [chats, more]
+  assert len(load_data(str(tmp_path), "all", tokenizer())) == 13
 
 
 @pytest.mark.parametrize(

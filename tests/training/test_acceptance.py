@@ -24,6 +24,7 @@ from jaxdec.drafting.kinds import KINDS
 from jaxdec.drafting.static_tree import expected_tokens, greedy_tree
 from jaxdec.errors import UserError
 from jaxdec.models import Decoder, stack_layers
+from jaxdec.models.flops import per_token
 from jaxdec.training import OptimizerConfig, TrainerConfig, read_metrics
 from jaxdec.training.acceptance import Acceptance, held_out_prompts
 from jaxdec.training.tasks.distill import Distill, measure_accuracy
@@ -135,6 +136,10 @@ def test_teachers_by_name(tmp_path, teacher, capsys):
   done = distill(t.model, t.params, None, config(tmp_path / "run", teacher=teacher), CORPORA)
   assert done.result.step == 5 and done.drafter is not None
   if teacher == "cached":
+    online = Distill(done.drafter, t.model, t.params)
+    apart = Distill(done.drafter, t.model, t.params, runs_target=False)
+    flops = [task.flops_per_token(done.params, 16) for task in (online, apart)]
+    assert flops[0] - flops[1] == per_token(t.model.config, 16).forward
     assert "teacher states of" in capsys.readouterr().out
     assert (tmp_path / "run-teacher" / "teacher.json").is_file()
   assert "teacher" not in {thread.name for thread in threading.enumerate()}

@@ -37,11 +37,19 @@ HIDDEN, FEATURES = "teacher_hidden", "teacher_features"
 class Distill(Task):
   """Trains ``drafter`` for the decoder ``model`` (either layout) and its ``target_params``.
 
+  Args:
+    runs_target: whether training runs the target, or batches bring states from disk: for the count
+      of FLOPs alone.
+
   Raises:
     UserError: the model's sequences lie zigzag.
   """
 
-  def __init__(self, drafter: TrainedDrafter, model: Any, target_params: Params):
+  runs_target: bool = True
+
+  def __init__(
+    self, drafter: TrainedDrafter, model: Any, target_params: Params, *, runs_target: bool = True
+  ):
     if model.sequence is not None and model.sequence.layout != "contiguous":
       raise UserError(
         f"a drafter learns from the tokens that follow each position, which lie elsewhere with "
@@ -49,6 +57,7 @@ class Distill(Task):
       )
     self.drafter = drafter
     self.model = model
+    self.runs_target = runs_target
     self._target_params = target_params
     self._fingerprint = fingerprint(model, to_host(nn.unbox(target_params)))
 
@@ -106,7 +115,8 @@ class Distill(Task):
 
   def flops_per_token(self, params: Params, length: int) -> float:
     flops = 6.0 * sum(x.size for x in jax.tree.leaves(params))
-    flops += per_token(self.model.config, length).forward
+    if self.runs_target:
+      flops += per_token(self.model.config, length).forward
     if getattr(self.drafter, "share_head", False):
       # Forward, and backward to the states, through the target's head at each depth.
       flops += 4.0 * self.drafter.num_heads * self.drafter.dim * self.drafter.vocab_size
