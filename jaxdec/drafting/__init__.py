@@ -27,6 +27,7 @@ from jaxdec.drafting.medusa import Medusa
 from jaxdec.drafting.merge import merge_paths
 from jaxdec.drafting.mtp import Mtp, MtpModules
 from jaxdec.drafting.objectives import Term
+from jaxdec.drafting.peagle import PEagle
 from jaxdec.drafting.ppd import PPD
 from jaxdec.drafting.ppd_tree import SparseTrees
 from jaxdec.drafting.prompt_lookup import PromptLookup
@@ -81,6 +82,7 @@ __all__ = [
   "Medusa",
   "Mtp",
   "MtpModules",
+  "PEagle",
   "Prompt",
   "PromptLookup",
   "SparseTrees",

@@ -33,6 +33,7 @@ from jaxdec.drafting.base import Context, Params, Target
 from jaxdec.drafting.dynamic_tree import take_nodes
 from jaxdec.drafting.hydra import draft_attention
 from jaxdec.drafting.objectives import Objective
+from jaxdec.drafting.rollout import rollout_attention
 from jaxdec.drafting.trained import TrainedDrafter, embed, soft_cap
 from jaxdec.mixers import Attention, AttentionConfig, NormConfig
 from jaxdec.mixers.attention import heads_first
@@ -40,8 +41,6 @@ from jaxdec.mixers.base import gather_nodes
 from jaxdec.mixers.norms import Dense, RMSNorm
 from jaxdec.models.config import DecoderConfig, MLPConfig
 from jaxdec.models.decoder import MLP
-from jaxdec.parallel.sequence import sharded
-from pallas_kernels.block_sparse_attention import block_sparse_attention
 
 
 class EagleLayer(nn.Module):
@@ -53,9 +52,15 @@ class EagleLayer(nn.Module):
   draft_vocab: int
   norm: NormConfig
   dtype: jnp.dtype
+  captured: int = 3
+  fc_norm: bool = False
+  norm_output: bool = False
+  norm_before_residual: bool = False
 
   def setup(self):
     self.fuse = Dense(self.dim, (None, "embed"), dtype=self.dtype)
+    if self.fc_norm:
+      self.fc_norms = [RMSNorm(self.norm) for _ in range(self.captured)]
     self.embed_norm, self.state_norm, self.mlp_norm, self.out_norm = (
       RMSNorm(self.norm) for _ in range(4)
     )
@@ -63,11 +68,21 @@ class EagleLayer(nn.Module):
     self.mlp = MLP(MLPConfig(self.hidden_dim), self.dim, self.dtype)
     self.lm_head = Dense(self.draft_vocab, ("embed", "vocab"), dtype=self.dtype)
 
+  def _fused(self, features):
+    if self.fc_norm:
+      parts = jnp.split(features, self.captured, axis=-1)
+      features = jnp.concatenate([norm(x) for norm, x in zip(self.fc_norms, parts)], axis=-1)
+    return self.fuse(features)
+
+  def _fed(self, g):
+    """What the next step reads of ``g''``."""
+    return self.out_norm(g) if self.norm_output else g
+
   def _input(self, embedded, g):
     return jnp.concatenate([self.embed_norm(embedded), self.state_norm(g)], axis=-1)
 
   def _finish(self, g, attended):
-    g = g + attended
+    g = (self.state_norm(g) if self.norm_before_residual else g) + attended
     return g + self.mlp(self.mlp_norm(g))
 
   def logits(self, g: Float[Array, "... D"]) -> Float[Array, "... V"]:
@@ -90,7 +105,7 @@ class EagleLayer(nn.Module):
     )
     project = again(lambda layer, x, g, at: layer.attention._project(layer._input(x, g), at))
     finish = again(lambda layer, g, out: layer._finish(g, layer.attention._output(out, g)))
-    g, states, own = self.fuse(features), [], []
+    g, states, own = self._fused(features), [], []
     for j in range(steps):
       shifted = jnp.pad(embedded[:, 1 + j :], ((0, 0), (0, min(1 + j, t)), (0, 0)))
       q, k, v = project(self, shifted, g, positions + j)
@@ -98,14 +113,14 @@ class EagleLayer(nn.Module):
         context = k, v
       else:
         own.append((k, v))
-      out, lse = _causal(q, *context, segment_ids, c)
-      g = finish(self, g, _with_own_slots(out, lse, q, own, c))
+      g = finish(self, g, rollout_attention(q, [context, *own], segment_ids, c))
       states.append(g)
+      g = self._fed(g)
     return states
 
   def read(self, features, embedded, state, positions):
     """Reads slots with true features into the cache (position -1: padding)."""
-    g = self.fuse(features)
+    g = self._fused(features)
     attended, state = self.attention.extend(self._input(embedded, g), state, positions)
     return self._finish(g, attended), state
 
@@ -114,6 +129,7 @@ class EagleLayer(nn.Module):
 
     ``ancestors [B,n,m+n]``: which drafted nodes each sees, itself included.
     """
+    g = self._fed(g)
     x = self._input(embedded, g)
     q, k, v = self.attention._project(x, positions)
     keys = jnp.concatenate([keys, heads_first(k).astype(keys.dtype)], axis=2)
@@ -124,51 +140,6 @@ class EagleLayer(nn.Module):
   def __call__(self, features, embedded, positions, segment_ids):
     """Touches every parameter (for ``init``)."""
     return self.logits(self.rollout(features, embedded, positions, segment_ids, 1)[0])
-
-
-def _causal(q, k, v, segment_ids, config: AttentionConfig):
-  """Attention over the true slots and the log-sum-exp of its logits, ``[B,T,N,H]``, ``[B,N,T]``."""
-
-  def local(q, k, v, segment_ids):
-    return block_sparse_attention(
-      q, k, v,
-      segment_ids=segment_ids, logit_cap=config.logit_cap, scale=config.scale, return_lse=True,
-    )  # fmt: skip
-
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
-    return local(q, k, v, segment_ids)
-  # XLA can't partition a kernel: each device takes its rows and heads.
-  heads, kv = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
-  names = {"q": heads, "k": kv, "v": kv, "segment_ids": ("batch", None)}
-  arrays = {"q": q, "k": k, "v": v, "segment_ids": segment_ids}
-  return sharded.run(local, arrays, names, (heads, ("batch", "heads", None)))
-
-
-def _with_own_slots(out, lse, q, own, config: AttentionConfig) -> Float[Array, "B T N H"]:
-  """One softmax over the true slots and the drafted keys of a query's own slot.
-
-  With ``out_0`` and log-sum-exp ``l`` of the true slots and ``s_i = q_t . k_t^(i)``, the weights
-  of ``out_0`` and the ``v_t^(i)`` are ``softmax([l, s_1, ..])``: no logits of ``[T,T]`` are held.
-  """
-  if not own:
-    return out
-  b, t, n, h = q.shape
-  groups = n // own[0][0].shape[2]
-  keys, values = (jnp.stack(x, axis=3) for x in zip(*own))  # [B,T,K,J,H]
-  folded = q.reshape(b, t, -1, groups, h)
-  scale = config.scale if config.scale is not None else h**-0.5
-  logits = scale * jnp.einsum(
-    "btkgh,btkjh->btkgj", folded, keys, preferred_element_type=jnp.float32
-  )
-  if config.logit_cap is not None:
-    logits = config.logit_cap * jnp.tanh(logits / config.logit_cap)
-  first = lse.swapaxes(1, 2).reshape(b, t, -1, groups, 1)
-  weights = jax.nn.softmax(jnp.concatenate([first, logits], axis=-1), axis=-1)
-  drafted = jnp.einsum(
-    "btkgj,btkjh->btkgh", weights[..., 1:], values, preferred_element_type=jnp.float32
-  )
-  return (weights[..., :1] * out.reshape(folded.shape) + drafted).reshape(b, t, n, h)
 
 
 @struct.dataclass
@@ -187,6 +158,10 @@ class Eagle3(TrainedDrafter):
     capture_layers: the three layer inputs read (0-based; L: the stream before the final norm).
     attention, hidden_dim, eps: shape of the draft layer.
     num_heads: K, steps of the training rollout; at inference any depth works.
+    fc_norm, norm_output: the two changes of EAGLE-3.1: an RMSNorm on each captured state before
+      ``W_fc``, and the next step fed ``RMS(g'')``, what the LM head reads, in place of ``g''``.
+    norm_before_residual: the residual stream is ``RMS(g)``, not ``g`` (heads trained with the
+      speculators library).
   """
 
   name: ClassVar[str] = "eagle3"
@@ -197,6 +172,9 @@ class Eagle3(TrainedDrafter):
   attention: AttentionConfig
   hidden_dim: int
   eps: float = 1e-6
+  fc_norm: bool = False
+  norm_output: bool = False
+  norm_before_residual: bool = False
   num_heads: int = 5
   objective: Objective = "soft"
   depth_decay: float = 0.8
@@ -226,6 +204,10 @@ class Eagle3(TrainedDrafter):
       self.draft_size,
       NormConfig(self.eps),
       jnp.dtype(self.dtype),
+      len(self.capture),
+      self.fc_norm,
+      self.norm_output,
+      self.norm_before_residual,
     )
 
   def init_boxed(self, rng: jax.Array, target: Target) -> Params:

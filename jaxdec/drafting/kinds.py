@@ -20,6 +20,7 @@ from jaxdec.drafting.hydra import Hydra, HydraPlusPlus
 from jaxdec.drafting.masked_mtp import MaskedMTP
 from jaxdec.drafting.medusa import Medusa
 from jaxdec.drafting.mtp import Mtp, MtpModules
+from jaxdec.drafting.peagle import PEagle
 from jaxdec.drafting.ppd import PPD
 from jaxdec.drafting.specvlm import SpecVLM
 from jaxdec.drafting.trained import TrainedDrafter
@@ -31,6 +32,7 @@ _ALL: tuple[type[TrainedDrafter], ...] = (
   HydraPlusPlus,
   Eagle,
   Eagle3,
+  PEagle,
   Dovetail,
   Mtp,
   MtpModules,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -58,9 +59,10 @@ def start(drafter, params, target_params, prompt, output):
   return drafter.start(params, state, prompt, output, Target(target().model, target_params, None))
 
 
-def test_rollout_in_parallel_equals_drafting_slot_by_slot():
+@pytest.mark.parametrize("options", [{}, {"fc_norm": True, "norm_output": True}])
+def test_rollout_in_parallel_equals_drafting_slot_by_slot(options):
   """For every slot t and step j: prefill of slots 0..t with true features, then j fed tokens."""
-  t, drafter, params = random_drafter()
+  t, drafter, params = random_drafter(**options)
   length, depths = 11, drafter.num_heads
   text = np.random.default_rng(0).integers(0, VOCAB, length)
   batch = batch_of([text])
@@ -194,6 +196,28 @@ def test_packed_documents_do_not_leak():
   for k in (1, 2, 3):
     n, m = 9 - 1 - k, 11 - 1 - k
     np.testing.assert_allclose(joint[k - 1], (n * a[k - 1] + m * b[k - 1]) / (n + m), rtol=2e-5)
+
+
+def test_eagle_3_1_norms():
+  """``fc_norm`` makes drafts blind to the scale of each captured state; ``norm_output`` changes
+  what later steps are fed, and nothing of the first."""
+  t, plain, params = random_drafter(num_heads=2, tree=None)
+  batch = random_batch(8, rows=1, length=8)
+  output = run(t, batch, plain.capture)
+  louder = output.replace(features=(3.0 * output.features[0], *output.features[1:]))
+
+  def logits(drafter, params, output):
+    return logits_by_depth(drafter, params, t, output, batch)
+
+  _, normed, normed_params = random_drafter(num_heads=2, tree=None, fc_norm=True)
+  np.testing.assert_allclose(
+    logits(normed, normed_params, louder)[1], logits(normed, normed_params, output)[1], atol=1e-4
+  )
+  assert np.max(np.abs(logits(plain, params, louder)[1] - logits(plain, params, output)[1])) > 0.01
+  fed = dataclasses.replace(plain, norm_output=True)  # the same parameters
+  ours, theirs = logits(fed, params, output), logits(plain, params, output)
+  np.testing.assert_allclose(ours[0], theirs[0], atol=1e-6)
+  assert np.max(np.abs(ours[1] - theirs[1])) > 0.01
 
 
 def test_gradients_flow_through_the_rollout():
