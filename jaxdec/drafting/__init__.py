@@ -36,6 +36,7 @@ from jaxdec.drafting.selection import argmax, top_k
 from jaxdec.drafting.specdec import SpecDec
 from jaxdec.drafting.specvlm import SpecVLM
 from jaxdec.drafting.static_tree import StaticTree, expected_tokens, greedy_tree
+from jaxdec.drafting.stop_early import StopEarly
 from jaxdec.drafting.token_recycling import TokenRecycling
 from jaxdec.drafting.trained import TrainedDrafter
 from jaxdec.drafting.tree import Tree, chain
@@ -89,6 +90,7 @@ __all__ = [
   "SpecDec",
   "SpecVLM",
   "StaticTree",
+  "StopEarly",
   "Target",
   "TargetOutput",
   "Term",
