@@ -18,7 +18,8 @@ from jaxdec.drafting import KINDS, DraftVocabulary, StaticTree, Target, TargetOu
 from jaxdec.errors import UserError
 from jaxdec.io import safetensors
 from jaxdec.io.drafters import LAYOUTS, find_layout, parameter_shapes, read_drafter, write_drafter
-from jaxdec.mixers import AttentionConfig
+from jaxdec.mixers import AttentionConfig, NormConfig
+from jaxdec.mixers.norms import rms_norm
 from jaxdec.models import Decoder, tiny_llama
 
 VOCAB, DIM = 29, 16
@@ -33,7 +34,7 @@ CASES: dict[str, dict] = {
   "medusa": {"num_heads": 2, "num_blocks": 2},
   "medusa_original": {"num_heads": 3},
   "eagle3": {"vocabulary": DraftVocabulary(KEPT, VOCAB), "num_heads": 3},
-  "speculators_eagle3": {"vocabulary": DraftVocabulary(KEPT, VOCAB), "num_heads": 3},
+  "speculators_eagle3": {"fc_norm": True, "norm_output": True, "norm_before_residual": True},
   "eagle": {"num_layers": 2, "fuse_bias": False},
   "speculators_eagle": {},
   "dflash": {"num_heads": 3, "num_layers": 2, "capture_layers": (1, 2, 4), "mask_token": 4},
@@ -117,6 +118,7 @@ def test_every_layout_is_tested():
 FAMILIES = [
   ("medusa", "medusa_original"),
   ("eagle3", "speculators_eagle3"),
+  ("speculators_eagle3", "eagle3"),
   ("speculators_eagle", "eagle"),
   ("dflash", "speculators_dflash"),
 ]
@@ -196,7 +198,8 @@ def test_names_of_speculators(tmp_path):
   assert fields["speculators_model_type"] == inner["algorithm"] == "eagle3"
   assert inner["proposal_methods"][0]["speculative_tokens"] == TREE.max_depth
   assert inner["verifier"] == {"name_or_path": "some/target", "architectures": ["LlamaForCausalLM"]}
-  assert fields["norm_before_residual"] is False
+  assert fields["norm_before_residual"] is fields["fc_norm"] is True
+  assert "fc_norm.2.weight" in stored
   layer = fields["transformer_layer_config"]
   assert (layer["model_type"], layer["hidden_size"], layer["vocab_size"]) == ("llama", DIM, VOCAB)
 
@@ -281,7 +284,8 @@ def test_speculators_layer_fields_left_out_have_their_class_defaults(tmp_path):
     ("eagle3", {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}, "contradicts itself"),
     ("eagle3", {"num_hidden_layers": 2}, "has 2 layers"),
     ("eagle3", {"attention_bias": True}, "biases"),
-    ("eagle3", {"norm_before_residual": True}, "norm_before_residual=True is not supported"),
+    ("eagle3", {"norm_before_fc": True}, "norm_before_fc=True is not supported"),
+    ("eagle3", {"fc_norm": True}, "missing: fc_norm.0.weight"),
     ("eagle3", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
     ("eagle3", {"surprise": 1}, "'surprise'"),
     ("eagle3", {"num_key_value_heads": 4}, r"mis-shaped: midlayer.self_attn.k_proj.weight"),
@@ -410,3 +414,21 @@ def test_convert_command(tmp_path, capsys):
   assert_same(read, params)
   assert main(["convert", ours, "--drafter", other, "--to", "vlm"]) == 2
   assert "no layout 'vlm'" in capsys.readouterr().err
+
+
+def test_norm_before_residual_by_hand():
+  """The layer's residual stream is the normed state: with no attention and no MLP it comes out."""
+  drafter, params = made("speculators_eagle3", fc_norm=False, norm_output=False)
+  zero = lambda tree: jax.tree.map(jnp.zeros_like, tree)  # noqa: E731
+  params = {
+    **params,
+    "attention": {**params["attention"], "o": zero(params["attention"]["o"])},
+    "mlp": {**params["mlp"], "down": zero(params["mlp"]["down"])},
+  }
+  output, batch = teacher(drafter.capture)
+  g = jnp.concatenate(output.features, axis=-1) @ params["fuse"]["kernel"]
+  g = rms_norm(g, params["state_norm"]["scale"], NormConfig(drafter.eps))
+  g = rms_norm(g, params["out_norm"]["scale"], NormConfig(drafter.eps))
+  expected = (g @ params["lm_head"]["kernel"])[:, :-2]
+  one = dataclasses.replace(drafter, num_heads=1, tree=None)
+  np.testing.assert_allclose(logits(one, params, output, batch)[0], expected, rtol=1e-4, atol=1e-4)

@@ -35,19 +35,10 @@ from jaxdec.io.drafters.layout import (
 
 INPUTS = "eagle_aux_hidden_state_layer_ids"
 _NUM_CAPTURED = 3
-# Options of the head: field -> the one value our head has.
-_FIXED = {"norm_before_residual": False, "norm_before_fc": False}
-_OWN = (
-  "draft_vocab_size",
-  "target_hidden_size",
-  "eagle_config",
-  INPUTS,
-  "parallel_drafting",
-  "bias",
-  "fc_norm",
-  "norm_output",
-  *_FIXED,
-)
+# Options of the head, off where a file doesn't name them; those of ours, and those we don't have.
+_OPTIONS = ("norm_before_residual", "fc_norm", "norm_output")
+_NEVER = ("norm_before_fc", "bias", "parallel_drafting")
+_OWN = ("draft_vocab_size", "target_hidden_size", "eagle_config", INPUTS, *_OPTIONS, *_NEVER)
 
 
 def stored(prefix: str) -> Any:
@@ -61,8 +52,10 @@ def stored(prefix: str) -> Any:
       "state_norm/scale": Stored("hidden_norm.weight"),
       "mlp_norm/scale": Stored("post_attention_layernorm.weight"),
     }
+    norms = range(len(drafter.capture_layers) if drafter.fc_norm else 0)
     return {
       **below("", prefix, layer),
+      **{f"fc_norms_{i}/scale": Stored(f"fc_norm.{i}.weight") for i in norms},
       "fuse/kernel": Stored("fc.weight", True),
       "out_norm/scale": Stored("norm.weight"),
       "lm_head/kernel": Stored("lm_head.weight", True, True),
@@ -78,10 +71,7 @@ def head(opened: Opened, own: Mapping[str, Any], layer: Mapping[str, Any], targe
 
   plain_embeddings(target, "EAGLE-3")
   sizes(opened, target, {"target_hidden_size": ("width", target.dim)})
-  for name, only in _FIXED.items():
-    if own.get(name, only) != only:
-      raise opened.wrong(f"{name}={own[name]!r} is not supported; only {only!r} is")
-  for name in ("fc_norm", "norm_output", "bias", "parallel_drafting"):
+  for name in _NEVER:
     if own.get(name):
       raise opened.wrong(f"{name}={own[name]!r} is not supported; only False is")
   config = read_layer(opened, layer, "llama")
@@ -96,6 +86,7 @@ def head(opened: Opened, own: Mapping[str, Any], layer: Mapping[str, Any], targe
     hidden_dim=config.layers[0].mlp.hidden_dim,
     eps=config.norm.eps,
     vocabulary=read_vocabulary(opened, target, size),
+    **{name: bool(own.get(name)) for name in _OPTIONS},
     **options,
   )
 
@@ -133,7 +124,8 @@ def head_fields(layout: Layout, drafter: Any, target: Any) -> tuple[dict, dict]:
     "draft_vocab_size": drafter.draft_size,
     "target_hidden_size": drafter.dim,
     INPUTS: captured,
-    **_FIXED,
+    **{name: getattr(drafter, name) for name in _OPTIONS},
+    "norm_before_fc": False,
   }
   return own, write_layer(layout, drafter, drafter.attention, target, "llama")
 

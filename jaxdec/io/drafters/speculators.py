@@ -113,8 +113,6 @@ def _eagle3_fields(drafter: Any, target: Any, verifier: str | None) -> dict[str,
   return {
     **_common("eagle3", "Eagle3Speculator", tokens, target, verifier),
     **own,
-    "fc_norm": False,
-    "norm_output": False,
     "transformer_layer_config": _nested(layer),
   }
 
