@@ -151,26 +151,27 @@ def test_linear_decoding_is_lossless(sampler):
 def test_quadratic_decoding_is_never_worse_on_average():
   """Equal where all drafts are right; ahead where some are not. Same output throughout."""
   t = target(seed=1)
-  text = greedy_text(t, range(1, 9), 256)
+  text = greedy_text(t, range(1, 9), 96)
   batch = overfit_batch(text)
-  for steps, few in ((300, False), (60, True)):
-    drafter = masked(t, objective=(Term("hard"), Term("base")))
+  for steps, learned in ((150, True), (30, False)):
+    drafter = masked(t, objective="hard", rank=16, anchors=32)
     params, _ = train(drafter, t, batch, steps)
-    prompts = [[int(x) for x in text[at : at + 8]] for at in range(0, 128, 16 if few else 128)]
-    tokens = {}
+    prompts = [
+      [int(x) for x in text[at : at + 8]] for at in ((0,) if learned else range(0, 80, 10))
+    ]
+    found = {}
     for decoding in ("quadratic", "linear"):
-      used = replace(drafter, decoding=decoding, tree=StaticTree.chain(3))
-      out = generate(
-        t.model, t.params, prompts, max_new_tokens=100, drafter=used, drafter_params=params,
+      used = replace(drafter, decoding=decoding)
+      found[decoding] = generate(
+        t.model, t.params, prompts, max_new_tokens=88, drafter=used, drafter_params=params,
         stop=None,
       )  # fmt: skip
-      tokens[decoding] = out.stats.tokens_per_step, out.tokens
-    assert tokens["quadratic"][1] == tokens["linear"][1]
-    quadratic, linear = (tokens[name][0] for name in ("quadratic", "linear"))
-    if few:
-      assert 1.05 < linear < quadratic < 4
+    assert found["quadratic"].tokens == found["linear"].tokens
+    quadratic, linear = (found[name].stats.tokens_per_step for name in ("quadratic", "linear"))
+    if learned:
+      assert quadratic == linear > 3.8
     else:
-      assert quadratic == pytest.approx(linear, rel=0.02) and quadratic > 3.6
+      assert 1.05 < linear < quadratic < 3.8
 
 
 def test_errors_say_what_to_change():
