@@ -31,22 +31,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxdec.drafting.base import Context, Params, Target
 from jaxdec.drafting.dynamic_tree import take_nodes
 from jaxdec.drafting.hydra import draft_attention
 from jaxdec.drafting.objectives import Objective, Term
+from jaxdec.drafting.rollout import KeysValues, rollout_attention
 from jaxdec.drafting.trained import TrainedDrafter, embed, lm_head_kernel, soft_cap
 from jaxdec.errors import UserError
 from jaxdec.mixers import Attention, AttentionConfig, NormConfig
-from jaxdec.mixers.attention import attention_logits, attention_values, heads_first, visible
+from jaxdec.mixers.attention import heads_first
 from jaxdec.mixers.base import gather_nodes
 from jaxdec.mixers.norms import Dense
 from jaxdec.models.config import DecoderConfig, LayerConfig, MLPConfig
 from jaxdec.models.decoder import Block
-
-KeysValues = tuple[Array, Array]
 
 
 class DraftBlock(Block):
@@ -64,7 +63,7 @@ class DraftBlock(Block):
     mixed, state = self.mixer.extend(self.normed(x), state, positions)
     return self._finish(x, mixed), state
 
-  def roll(self, x, positions, mask, earlier: Sequence[KeysValues]):
+  def roll(self, x, positions, segment_ids, earlier: Sequence[KeysValues]):
     """One more step at every slot; ``earlier``: keys and values of the steps before, step 0 first.
 
     Returns the output, and ``earlier`` with this step's.
@@ -72,7 +71,7 @@ class DraftBlock(Block):
     y = self.normed(x)
     q, k, v = self.mixer._project(y, positions)
     steps = [*earlier, (k, v)]
-    out = rollout_attention(q, steps, mask, self.config.mixer)
+    out = rollout_attention(q, steps, segment_ids, self.config.mixer)
     return self._finish(x, self.mixer._output(out, y)), steps
 
   def draft(self, x, positions, state, drafted: KeysValues, ancestors):
@@ -85,35 +84,6 @@ class DraftBlock(Block):
     )
     out = self.mixer._attend_state(q, keys, values, state, positions, ancestors)
     return self._finish(x, self.mixer._output(out, y)), (keys, values)
-
-
-def rollout_attention(
-  q: Float[Array, "B T N H"],
-  steps: Sequence[KeysValues],
-  mask: Bool[Array, "B T T"],
-  config: AttentionConfig,
-) -> Float[Array, "B T N H"]:
-  """Attention of a rollout's last step: step 0's slots where ``mask``, later steps' own slot.
-
-  ``steps``: keys and values ``[B,T,K,H]`` of every step so far, the query's own included.
-  """
-  (k, v), later = steps[0], steps[1:]
-  b, t, n, h = q.shape
-  kv = k.shape[2]
-  logits = attention_logits(q, heads_first(k), mask, config)
-  if later:  # every slot is a batch row with one query and len(later) keys
-    own_k, own_v = (jnp.stack(x, axis=3).reshape(b * t, kv, -1, h) for x in zip(*later))
-    seen = jnp.ones((1, 1, len(later)), bool)
-    own = attention_logits(q.reshape(b * t, 1, n, h), own_k, seen, config)
-    own = own.reshape(b, t, kv, n // kv, -1).transpose(0, 2, 3, 1, 4)
-    logits = jnp.concatenate([logits, own.reshape(b, kv, -1, len(later))], axis=-1)
-  probs = jax.nn.softmax(logits, axis=-1)
-  out = attention_values(probs[..., :t], heads_first(v), t)
-  if later:
-    own = probs[..., t:].reshape(b, kv, n // kv, t, -1).transpose(0, 3, 1, 2, 4)
-    own = attention_values(own.reshape(b * t, kv, n // kv, -1), own_v, 1)
-    out = out + own.reshape(out.shape)
-  return out
 
 
 class FeatureLayers(nn.Module):
@@ -164,20 +134,16 @@ class FeatureLayers(nn.Module):
     def shifted(j):
       return jnp.pad(embedded[:, 1 + j :], ((0, 0), (0, min(1 + j, t)), (0, 0)))
 
-    if steps == 1:  # no rollout: the mixer's own kernel, which never holds T x T logits
+    if steps == 1:  # the mixer's own way, which also splits sequences
       x = self.fuse(features, shifted(0))
       for block in self.blocks:
         x = block(x, positions, segment_ids)
       return [x]
-    index = jnp.arange(t)[None]
-    alike = segment_ids[:, :, None] == segment_ids[:, None, :]
-    causal = visible(index, index, None) & alike
     outputs, earlier = [], [()] * self.num_layers
     for j in range(steps):
-      mask = causal & visible(index + j, index, self.attention.window)
       x = self.fuse(features, shifted(j))
       for i, block in enumerate(self.blocks):
-        x, earlier[i] = block.roll(x, positions + j, mask, earlier[i])
+        x, earlier[i] = block.roll(x, positions + j, segment_ids, earlier[i])
       outputs.append(x)
       features = jax.lax.stop_gradient(self.feature(x))
     return outputs
@@ -320,6 +286,11 @@ class FeatureDrafter(LayerDrafter):
       raise UserError(
         f"{self.name} needs rollouts and num_layers of at least 1 and noise of at least 0, got "
         f"{self.rollouts}, {self.num_layers} and {self.noise}"
+      )
+    if self.attention.window is not None:
+      raise UserError(
+        f"{self.name} rolls out over the whole text, got attention with "
+        f"window={self.attention.window}; use window=None"
       )
 
   @property

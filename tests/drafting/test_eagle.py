@@ -27,8 +27,9 @@ from universal import PATHS, Universal, plain, start
 from jaxdec.decoding import Sampler, generate
 from jaxdec.drafting.base import Context
 from jaxdec.drafting.dynamic_tree import DynamicTree
-from jaxdec.drafting.eagle import Eagle, rollout_attention
+from jaxdec.drafting.eagle import Eagle
 from jaxdec.drafting.objectives import Term
+from jaxdec.drafting.rollout import rollout_attention
 from jaxdec.drafting.static_tree import StaticTree, greedy_tree
 from jaxdec.drafting.vocabulary import DraftVocabulary
 from jaxdec.errors import UserError
@@ -126,15 +127,13 @@ def test_noise_shrinks_with_the_document():
 
 
 def test_rollout_attention_sees_step_0_and_its_own_slot():
-  """Against one softmax over a mask of (slot, step) pairs, with grouped heads and a window."""
+  """Against one softmax over all pairs of slot and step it may see, with grouped heads."""
   rng, t, steps = np.random.default_rng(0), 6, 3
   config = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8)
   q = rng.standard_normal((2, t, 4, 8)).astype(np.float32)
   k, v = rng.standard_normal((2, steps, 2, t, 2, 8)).astype(np.float32)
-  mask = np.tril(np.ones((t, t), bool))[None]
-  out = rollout_attention(
-    jnp.asarray(q), [(jnp.asarray(k[j]), jnp.asarray(v[j])) for j in range(steps)], mask, config
-  )
+  pairs = [(jnp.asarray(k[j]), jnp.asarray(v[j])) for j in range(steps)]
+  out = rollout_attention(jnp.asarray(q), pairs, jnp.ones((2, t), jnp.int32), config)
   for b in range(2):
     for slot in range(t):
       for head in range(4):
@@ -182,6 +181,8 @@ def test_dynamic_tree_changes_no_token():
 def test_impossible_settings_are_refused():
   with pytest.raises(UserError, match="eagle needs rollouts and num_layers of at least 1"):
     Eagle.for_target(target().model.config, rollouts=0)
+  with pytest.raises(UserError, match="rolls out over the whole text, got attention with window=8"):
+    Eagle.for_target(target().model.config, attention=AttentionConfig(4, 2, 8, window=8))
 
 
 class Unshifted(Eagle):
