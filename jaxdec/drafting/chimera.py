@@ -31,13 +31,13 @@ from jaxtyping import Array, Float, Int
 
 from jaxdec.drafting.base import Context, Params, Target
 from jaxdec.drafting.dynamic_tree import take_nodes
-from jaxdec.drafting.eagle import rollout_attention
 from jaxdec.drafting.hydra import draft_attention
 from jaxdec.drafting.medusa import own_head
 from jaxdec.drafting.objectives import Objective, Term
+from jaxdec.drafting.rollout import rollout_attention
 from jaxdec.drafting.trained import TrainedDrafter, embed, lm_head_kernel
 from jaxdec.mixers import Attention, AttentionConfig, NormConfig
-from jaxdec.mixers.attention import KVState, heads_first, visible
+from jaxdec.mixers.attention import KVState, heads_first
 from jaxdec.mixers.base import gather_nodes, write_rows
 from jaxdec.mixers.norms import Dense
 from jaxdec.models.config import DecoderConfig, LayerConfig, MLPConfig
@@ -67,12 +67,11 @@ class ChimeraModule(nn.Module):
 
   def rollout(self, h, trigrams, positions, segment_ids) -> list[Float[Array, "B T D"]]:
     """``g`` of every slot at every depth; ``trigrams``: ``b`` by depth, each ``[B,T,D]``."""
-    index, mixer = jnp.arange(h.shape[1])[None], self.context.mixer
-    mask = visible(index, index, None) & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    mixer = self.context.mixer
     seen, outputs = [self.keys(h, positions)], []
     for k, b in enumerate(trigrams, 1):
       q, key, value = mixer._project(self.context.normed(b), positions + k)
-      out = rollout_attention(q, [*seen, (key, value)], mask, mixer.config)
+      out = rollout_attention(q, [*seen, (key, value)], segment_ids, mixer.config)
       outputs.append(self.context._finish(b, mixer._output(out, b)))
       seen.append(self.keys(jax.lax.stop_gradient(outputs[-1]), positions + k))
     return outputs

@@ -33,10 +33,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxdec.drafting.base import Context, Params, Target
 from jaxdec.drafting.dynamic_tree import take_nodes
+from jaxdec.drafting.eagle import LayerDrafter, following
 from jaxdec.drafting.hydra import PrefixState, draft_attention
 from jaxdec.drafting.objectives import Objective, Term
-from jaxdec.drafting.trained import TrainedDrafter
-from jaxdec.mixers import AttentionConfig, NormConfig, build_mixer
+from jaxdec.mixers import AttentionConfig, NormConfig
 from jaxdec.mixers.base import gather_nodes
 from jaxdec.mixers.norms import Dense, RMSNorm
 from jaxdec.models.config import DecoderConfig, LayerConfig, MLPConfig
@@ -117,28 +117,22 @@ class Clover2Module(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Clover2(TrainedDrafter):
+class Clover2(LayerDrafter):
   """Clover-2.
 
   Attributes:
-    num_layers: of the target: its last stream, before the final norm, is what is read.
-    attention, hidden_dim, eps: shape of the augmenting layers. augmenting: how many.
+    target_layers: the target's last stream, before the final norm, is what is read.
+    attention, hidden_dim, eps, num_layers: shape of the augmenting layers, and how many.
     num_splits: heads of the cosine attention, a divisor of D; the target's number of heads.
     init_noise: bound of the uniform noise around identity and zero at the start.
     depth_decay: 0.7 in the released trainer, for five depths.
   """
 
   name: ClassVar[str] = "clover2"
-  sequential: ClassVar[bool] = True
-  needs_prompt_hidden: ClassVar[bool] = True
-  share_head: ClassVar[bool] = True
 
-  num_layers: int
-  attention: AttentionConfig
-  hidden_dim: int
+  target_layers: int
   num_splits: int
-  eps: float = 1e-6
-  augmenting: int = 2
+  num_layers: int = 2
   init_noise: float = 0.01
   num_heads: int = 5
   objective: Objective = (Term("smooth_l1", 10.0), Term("soft", 1.0))
@@ -149,15 +143,14 @@ class Clover2(TrainedDrafter):
     mixer = config.layers[-1].mixer
     own = mixer if isinstance(mixer, AttentionConfig) else draft_attention(config)
     attention = options.setdefault("attention", own)
-    options.setdefault("num_layers", config.num_layers)
+    options.setdefault("target_layers", config.num_layers)
     options.setdefault("hidden_dim", config.layers[-1].mlp.hidden_dim)
     options.setdefault("num_splits", math.gcd(attention.num_heads, config.dim))
-    options.setdefault("eps", config.norm.eps)
     return super().for_target(config, **options)
 
   @property
   def capture(self) -> tuple[int, ...]:
-    return (self.num_layers,)
+    return (self.target_layers,)
 
   @property
   def depth_limit(self) -> int:
@@ -167,7 +160,7 @@ class Clover2(TrainedDrafter):
   def module(self) -> nn.Module:
     return Clover2Module(
       LayerConfig(self.attention, MLPConfig(self.hidden_dim)),
-      self.augmenting,
+      self.num_layers,
       self.num_splits,
       self.dim,
       NormConfig(self.eps),
@@ -183,7 +176,7 @@ class Clover2(TrainedDrafter):
     norm = final_norm_scale(target)
     for name in ("state_norm", "head_norm"):
       params[name]["scale"] = params[name]["scale"].replace_boxed(norm)
-    for i in range(self.augmenting):
+    for i in range(self.num_layers):
       params[f"blocks_{i}"] = like_last_layer(params[f"blocks_{i}"], target)
     return near_identity(params, jax.random.fold_in(rng, 1), self.init_noise)
 
@@ -197,7 +190,7 @@ class Clover2(TrainedDrafter):
     return head_rows(target, tokens).astype(self.dtype)
 
   def head(self, params, target, depth, states):
-    return target.model.apply({"params": target.params}, states, method="unembed")
+    return self._unembed(target, states)
 
   def teacher_forced(self, params, target, output, batch, rng=None):
     g = jax.lax.stop_gradient(self._features(output))[:, :-1]
@@ -214,11 +207,8 @@ class Clover2(TrainedDrafter):
   # Inference. Slot t holds (state of t, token t + 1); the last slot holds the root.
 
   def init_state(self, batch: int, capacity: int) -> PrefixState:
-    mixer = build_mixer(self.attention, self.dim, parent=None)
-    caches = tuple(
-      mixer.init_state(batch, capacity, jnp.dtype(self.dtype)) for _ in range(self.augmenting)
-    )
-    return PrefixState(jnp.zeros((batch, self.dim), self.dtype), caches)
+    hidden = jnp.zeros((batch, self.dim), self.dtype)
+    return PrefixState(hidden, self._caches(batch, capacity, self.num_layers))
 
   def _read(self, params, state, features, next_tokens, count, target):
     """Reads the first ``count [B]`` of the new slots."""
@@ -230,10 +220,8 @@ class Clover2(TrainedDrafter):
     return PrefixState(jnp.where(count[:, None] > 0, last, state.hidden), caches)
 
   def start(self, params, state, prompt, output, target):
-    index = jnp.arange(prompt.tokens.shape[1])[None]
-    following = jnp.roll(prompt.tokens, -1, axis=1)
-    following = jnp.where(index == prompt.lengths[:, None] - 1, prompt.root[:, None], following)
-    return self._read(params, state, self._features(output), following, prompt.lengths, target)
+    features = self._features(output)
+    return self._read(params, state, features, following(prompt), prompt.lengths, target)
 
   def observe(self, params, state, tree, accepted, output, context):
     features = gather_nodes(self._features(output), accepted.path)

@@ -94,7 +94,7 @@ class Clover(Clover2):
 
   name: ClassVar[str] = "clover"
 
-  augmenting: int = 1
+  num_layers: int = 1
   num_heads: int = 4
   objective: Objective = "hard"
   depth_decay: float = 0.8
@@ -111,7 +111,7 @@ class Clover(Clover2):
   def module(self) -> nn.Module:
     return CloverModule(
       LayerConfig(self.attention, MLPConfig(self.hidden_dim)),
-      self.augmenting,
+      self.num_layers,
       self.num_splits,
       self.num_heads,
       self.dim,
@@ -121,7 +121,7 @@ class Clover(Clover2):
 
   def init_boxed(self, rng: jax.Array, target: Target) -> Params:
     params = self._init_module(rng)
-    for i in range(self.augmenting):
+    for i in range(self.num_layers):
       block = params[f"blocks_{i}"]
       for branch, name in (("mixer", "o"), ("mlp", "down")):
         block[branch][name] = jax.tree.map(jnp.zeros_like, block[branch][name])

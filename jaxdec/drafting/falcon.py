@@ -42,8 +42,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxdec.drafting.base import Context
 from jaxdec.drafting.dynamic_tree import take_nodes
-from jaxdec.drafting.eagle import Eagle, EagleLayers, rollout_attention
+from jaxdec.drafting.eagle import Eagle, EagleLayers
 from jaxdec.drafting.objectives import Objective, Term
+from jaxdec.drafting.rollout import rollout_attention
 from jaxdec.drafting.selection import argmax
 from jaxdec.drafting.trained import embed, label_weights
 from jaxdec.errors import UserError
@@ -53,7 +54,6 @@ from jaxdec.mixers.attention import (
   attention_logits,
   attention_values,
   heads_first,
-  visible,
 )
 from jaxdec.mixers.base import write_rows
 from jaxdec.mixers.norms import Dense
@@ -146,12 +146,10 @@ class FalconLayers(EagleLayers):
     u, memory = self.encode(
       features, follow, self.empty_memory(b, features.dtype), positions == 0, rng
     )
-    index = jnp.arange(t)[None]
-    mask = visible(index, index, None) & (segment_ids[:, :, None] == segment_ids[:, None, :])
     seen, outputs = [self._project(u, positions)[1:]], []
 
     def attend(x, at):
-      out = rollout_attention(self._project(x, at)[0], seen, mask, self.attention)
+      out = rollout_attention(self._project(x, at)[0], seen, segment_ids, self.attention)
       outputs.append(self._finish(x, out))
 
     for back in range(self.block - 1, -1, -1):  # slot t - back, for depth k - back

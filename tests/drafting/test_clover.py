@@ -22,7 +22,7 @@ from toy_target import (
 from universal import Universal, forced_logits
 
 from jaxdec.decoding import generate
-from jaxdec.drafting import Clover, Clover2, Medusa, StaticTree
+from jaxdec.drafting import Clover, Clover2, DraftVocabulary, Medusa, StaticTree
 from jaxdec.drafting.clover import TokenAttention, head_rows
 from jaxdec.drafting.losses import cross_entropy
 from jaxdec.drafting.trained import lm_head_kernel
@@ -109,6 +109,13 @@ class TestClover2(Universal):
     trained = logits_by_depth(deeper, params, t, run(t, batch, drafter.capture), batch)
     for depth in range(5):
       np.testing.assert_allclose(served[depth][0], trained[depth][0, 3], atol=3e-5)
+
+  def test_a_draft_vocabulary_takes_columns_of_the_head(self):
+    t, kept = target(), (0, 3, 4, 11, 20)
+    states = jax.random.normal(jax.random.key(0), (2, 3, 32))
+    cut = self.make(vocabulary=DraftVocabulary(kept, VOCAB)).head({}, t, 1, states)
+    whole = self.make().head({}, t, 1, states)
+    np.testing.assert_allclose(cut, whole[..., np.array(kept)], atol=1e-5)
 
   def test_state_has_one_shape_at_every_depth(self):
     drafter, t = self.make(tree=StaticTree.chain(8)), target()
