@@ -145,6 +145,30 @@ def test_teachers_by_name(tmp_path, teacher, capsys):
   assert "teacher" not in {thread.name for thread in threading.enumerate()}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("teacher", ["cached", "streamed"])
+def test_a_run_that_died_goes_on_to_the_same_bits(tmp_path, teacher):
+  t = target()
+  steps = []
+
+  def dies():
+    steps.append(1)
+    if len(steps) == 4:
+      raise RuntimeError("lost")
+
+  def job(name):
+    made = config(tmp_path / name, teacher=teacher, acceptance_every=3, acceptance_tokens=4)
+    return dataclasses.replace(made, trainer=dataclasses.replace(made.trainer, checkpoint_every=2))
+
+  whole = distill(t.model, t.params, None, job("whole"), CORPORA)
+  with pytest.raises(RuntimeError, match="lost"):
+    distill(t.model, t.params, None, job("cut"), CORPORA, watch=dies)
+  resumed = distill(t.model, t.params, None, job("cut"), CORPORA)
+  jax.tree.map(np.testing.assert_array_equal, whole.params, resumed.params)
+  seen = [read_metrics(tmp_path / name, "inspect") for name in ("whole", "cut")]
+  assert seen[0] == seen[1] and [row["step"] for row in seen[0]] == [3, 5]
+
+
 def test_prompts_are_the_beginnings_of_documents():
   plain, marked = corpus(1), corpus(2, labels=True)
   assert held_out_prompts(plain, 2, max_tokens=5) == [plain[i][:5].tolist() for i in range(2)]
