@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +12,10 @@ import pytest
 from toy_target import random_batch, run, target
 from universal import Universal
 
+from jaxdec.drafting.base import Target
 from jaxdec.drafting.peagle import PEagle
 from jaxdec.errors import UserError
+from pallas_kernels.testing import COMPILE_ONCE
 
 
 class TestPEagle(Universal):
@@ -20,12 +24,16 @@ class TestPEagle(Universal):
 
 
 def chosen(drafter, rng, batch):
+  """What is learned at each depth."""
   t = target()
-  params = TestPEagle.params(drafter)
   output = run(t, batch, drafter.capture)
-  return t, params, list(
-    jax.jit(lambda p, o: list(drafter.examples(p, t, o, batch, rng)))(params, output)
-  )  # fmt: skip
+  return _chosen(drafter, TestPEagle.params(drafter), t.params, output, batch, rng)
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=COMPILE_ONCE)
+def _chosen(drafter, params, target_params, output, batch, rng):
+  t = Target(target().model, target_params, None)
+  return list(drafter.examples(params, t, output, batch, rng))
 
 
 def test_sampled_chains_are_those_of_the_whole_grid():
@@ -33,8 +41,8 @@ def test_sampled_chains_are_those_of_the_whole_grid():
   drafter = TestPEagle.make(num_heads=4)
   batch = random_batch(0, rows=2, length=24)
   batch["segment_ids"] = batch["segment_ids"].at[1, 10:].set(2)
-  _, _, everything = chosen(drafter, None, batch)
-  _, _, some = chosen(drafter, jax.random.key(0), batch)
+  everything = chosen(drafter, None, batch)
+  some = chosen(drafter, jax.random.key(0), batch)
   for whole, part in zip(everything, some):
     for row in range(2):
       table = {x.tobytes(): i for i, x in enumerate(np.asarray(whole.hidden[row]))}
@@ -46,10 +54,10 @@ def test_sampled_chains_are_those_of_the_whole_grid():
 
 def test_cod_keeps_nested_chains_of_slots_that_count():
   """``int((m - j) max(r^j, 0.2))`` chains of depth j, each kept at depth j - 1."""
-  drafter = TestPEagle.make(num_heads=4, keep=0.5)
+  drafter = TestPEagle.make(num_heads=4, num_layers=1, keep=0.5)
   batch = random_batch(1, rows=2, length=40)
   batch["loss_mask"] = batch["loss_mask"].at[0, :20].set(0)
-  _, _, examples = chosen(drafter, jax.random.key(1), batch)
+  examples = chosen(drafter, jax.random.key(1), batch)
   assert [e.labels.shape[1] for e in examples] == [38, int(37 * 0.5), int(36 * 0.25), int(35 * 0.2)]
   for row, m in ((0, 20), (1, 38)):
     assert float(jnp.sum(examples[0].weights[row])) == m
@@ -61,7 +69,7 @@ def test_cod_keeps_nested_chains_of_slots_that_count():
   deeper, before = examples[2], examples[1]
   labels = {tuple(x) for x in np.asarray(before.hidden[1])}
   assert len(labels) == before.hidden.shape[1]  # no slot twice
-  draws = [np.asarray(chosen(drafter, jax.random.key(i), batch)[2][1].labels) for i in (1, 2)]
+  draws = [np.asarray(chosen(drafter, jax.random.key(i), batch)[1].labels) for i in (1, 2)]
   assert np.any(draws[0] != draws[1])
   assert deeper.labels.shape[1] < before.labels.shape[1]
 
@@ -71,7 +79,7 @@ def test_a_masked_node_knows_its_slot_and_nothing_later():
   drafter = TestPEagle.make(num_heads=3)
   batch = random_batch(2, rows=1, length=12)
   other = dict(batch, tokens=batch["tokens"].at[0, 7:].set(1))
-  a, b = (chosen(drafter, None, x)[2] for x in (batch, other))
+  a, b = (chosen(drafter, None, x) for x in (batch, other))
   for depth in range(3):
     np.testing.assert_allclose(a[depth].states[0, :6], b[depth].states[0, :6], atol=1e-6)
     assert np.max(np.abs(a[depth].states[0, 6] - b[depth].states[0, 6])) > 1e-3
