@@ -14,8 +14,13 @@ from typing import Any
 from jaxdec.errors import UserError, nearest
 
 # Names of jaxdec.drafting's registry; a test holds the two equal.
-UNTRAINED = ("prompt_lookup", "token_recycling")
-TRAINED = ("medusa", "hydra", "hydra++", "eagle3")
+UNTRAINED = ("prompt_lookup", "token_recycling", "early_exit", "del")
+TRAINED = (
+  "medusa", "hydra", "hydra++", "eagle", "eagle3", "p_eagle", "dovetail",
+  "mtp", "mtp_modules", "fspad", "hass", "dflash", "dspark", "chimera",
+  "falcon", "clover", "clover2", "ppd", "masked_mtp", "hidden_transfer", "specvlm",
+  "vispec", "flash",
+)  # fmt: skip
 MESH_AXES = ("data", "fsdp", "tensor", "seq", "dcn_data", "dcn_fsdp")
 
 _AT_LEAST = {

@@ -87,6 +87,10 @@ class MaskedMTP(ProbeDrafter):
       raise UserError("linear decoding drafts a chain; use decoding='quadratic' for trees")
     super().__post_init__()
 
+  @property
+  def takes_trees(self) -> bool:
+    return self.decoding == "quadratic"
+
   def init_boxed(self, rng: jax.Array, target: Target) -> Params:
     keys = iter(jax.random.split(rng, 4))
     table = embed(target, jnp.arange(self.vocab_size)[None], "float32")[0]

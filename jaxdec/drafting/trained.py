@@ -174,6 +174,11 @@ class TrainedDrafter(Drafter):
     return self.num_heads
 
   @property
+  def takes_trees(self) -> bool:
+    """False where it drafts chains only."""
+    return True
+
+  @property
   def shape(self) -> StaticTree | DynamicTree:
     """The tree in use."""
     return self.tree if self.tree is not None else StaticTree.chain(self.num_heads)

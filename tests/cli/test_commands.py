@@ -77,7 +77,7 @@ def test_names_are_the_registrys():
   from jaxdec.parallel.mesh import AXES
 
   assert set(KINDS) == set(TRAINED)
-  assert set(names()) - set(KINDS) == {"none", "draft_model", *UNTRAINED}
+  assert set(names()) - set(KINDS) == {"none", "draft_model", "specdec", *UNTRAINED}
   assert (*AXES, "dcn_data", "dcn_fsdp") == MESH_AXES
 
 

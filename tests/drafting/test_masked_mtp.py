@@ -32,6 +32,7 @@ from jaxdec.drafting.ppd import PPD
 from jaxdec.drafting.probes import text_topology
 from jaxdec.drafting.static_tree import StaticTree
 from jaxdec.errors import UserError
+from jaxdec.training.tasks.distill import best_tree
 from pallas_kernels.testing import COMPILE_ONCE
 
 
@@ -183,3 +184,9 @@ def test_errors_say_what_to_change():
   batch = batch_of(np.zeros((1, 4), int) + VOCAB - 1)
   with pytest.raises(UserError, match="too short to train 3"):
     masked(t).loss(init(masked(t), t), t, run(t, batch), batch)
+
+
+def test_linear_decoding_keeps_its_chain_after_training():
+  table = np.full((3, 10), 0.09)
+  assert best_tree(masked(target(), decoding="linear"), table, 8) is None
+  assert best_tree(masked(target()), table, 8).num_nodes == 8

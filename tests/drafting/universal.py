@@ -227,8 +227,8 @@ class Universal:
     assert np.all(np.asarray(metrics["top1"]) >= 0.99), metrics["top1"]
     chained = replace(drafter, tree=StaticTree.chain(self.num_heads))
     out = generate(
-      t.model, t.params, [[int(x) for x in text[:8]]], max_new_tokens=len(text) - 8, drafter=chained,
-      drafter_params=params, stop=None,
+      t.model, t.params, [[int(x) for x in text[:8]]], max_new_tokens=len(text) - 8,
+      drafter=chained, drafter_params=params, stop=None,
     )  # fmt: skip
     assert out.tokens[0] == [int(x) for x in text[8:]]
     assert out.stats.tokens_per_step >= 0.9 * (self.num_heads + 1)

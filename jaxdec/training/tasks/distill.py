@@ -147,9 +147,10 @@ def measure_accuracy(task: Distill, params: Params, batches: Iterable[Batch]) ->
 def best_tree(drafter: TrainedDrafter, accuracy: np.ndarray, num_nodes: int) -> StaticTree | None:
   """The best static tree for a rank table; None where the drafter keeps the one it has.
 
-  A drafter that grows its own trees keeps doing so; one that is never right has no best tree.
+  A drafter that grows its own trees or drafts chains only keeps doing so; one that is never right
+  has no best tree.
   """
-  if isinstance(drafter.tree, DynamicTree):
+  if isinstance(drafter.tree, DynamicTree) or not drafter.takes_trees:
     return None
   tree = greedy_tree(np.clip(accuracy, 0.0, 1.0), num_nodes)
   return tree if tree.paths else None
