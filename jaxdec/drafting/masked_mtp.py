@@ -34,29 +34,16 @@ from typing import ClassVar, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from jaxdec.drafting import objectives
 from jaxdec.drafting.base import Context, Params, Target
-from jaxdec.drafting.losses import cross_entropy
-from jaxdec.drafting.objectives import Objective, Slots, Term
+from jaxdec.drafting.objectives import Objective, Term
 from jaxdec.drafting.probes import ProbeDrafter, Probes, unrolled
 from jaxdec.drafting.static_tree import StaticTree
 from jaxdec.drafting.trained import embed
 from jaxdec.errors import UserError
 from jaxdec.mixers.base import Topology
 from jaxdec.mixers.norms import Dense
-
-
-@struct.dataclass
-class MaskSlots(Slots):
-  """Slots with the logits that the target's head gives at the masks."""
-
-  base: Float[Array, "B S V"] | None = None
-
-
-objectives.TERMS.setdefault("base", lambda s, _: cross_entropy(s.base, s.labels))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +53,6 @@ class MaskedMTP(ProbeDrafter):
   Attributes:
     num_heads: K, masks behind a slot. rank: r. alpha: None: r.
     decoding: ``quadratic`` or ``linear``, see above; ``linear`` drafts chains.
-    objective: the terms of ``objectives``, and ``base``: cross-entropy of the base law.
   """
 
   name: ClassVar[str] = "masked_mtp"
@@ -169,8 +155,7 @@ class MaskedMTP(ProbeDrafter):
   def _slots(self, params, target, example):
     slots, best = super()._slots(params, target, example)
     base = target.model.apply({"params": target.params}, example.states[0], method="unembed")
-    fields = {f.name: getattr(slots, f.name) for f in dataclasses.fields(slots)}
-    return MaskSlots(**fields, base=base), best
+    return slots.replace(base=base), best
 
 
 @contextlib.contextmanager

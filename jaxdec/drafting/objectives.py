@@ -20,6 +20,8 @@ drafter's prediction of it, a term is one number a slot:
   ``mse``           mean over D of ``(f - h)^2``
   ``confidence``    ``-alpha log c - (1 - alpha) log(1 - c)``, alpha detached: c, the drafter's own
                     guess of alpha, learns to say it (DSpark, arXiv 2607.05147)
+  ``base``          ``-log p_base(x)``, p_base the target's head on the drafter's state
+                    (arXiv 2507.11851)
   ================  ============================================================================
 
 Where the drafter has a draft vocabulary S, p is renormalised over S in ``soft``, ``kl``, ``top_k``
@@ -52,6 +54,7 @@ class Slots:
     weights: 1.0 where the slot counts.
     predicted, hidden: the drafter's prediction of the target's post-norm state, and that state.
     confidence: log-odds of the drafter's guess of ``alpha``, where it makes one.
+    base: logits of the target's own head on the drafter's states, where a sampler head gives q.
   """
 
   logits: Float[Array, "B S V"]
@@ -62,6 +65,7 @@ class Slots:
   hidden: Float[Array, "B S D"]
   mass: Float[Array, "B S"] | None = None
   confidence: Float[Array, "B S"] | None = None
+  base: Float[Array, "B S V"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +78,12 @@ class Term:
 
 
 Objective = str | tuple[Term, ...]
+
+
+def _base(s: Slots, _):
+  if s.base is None:
+    raise UserError("objective term 'base' is for drafters with a sampler head (masked_mtp)")
+  return losses.cross_entropy(s.base, s.labels)
 
 
 def _confidence(s: Slots, _):
@@ -111,6 +121,7 @@ TERMS: dict[str, Callable[[Slots, float | None], Any]] = {
   "smooth_l1": lambda s, _: losses.smooth_l1(s.predicted, s.hidden),
   "mse": lambda s, _: losses.squared_error(s.predicted, s.hidden),
   "confidence": _confidence,
+  "base": _base,
 }
 
 COMBINED = {"lk": _lk_of_depth}

@@ -44,7 +44,7 @@ def decode(drafter, sampler="greedy", tokens=21, prompts=PROMPTS, seed=5, **kwar
   ("drafter", "sampler"),
   [
     (FIXED, "greedy"),
-    (DYNAMIC, "top_p"),
+    (DYNAMIC, "sampled"),
     pytest.param(FIXED, "sampled", marks=pytest.mark.slow),
     pytest.param(DYNAMIC, "greedy", marks=pytest.mark.slow),
     pytest.param(DynamicExit(max_drafts=4), "greedy", marks=pytest.mark.slow),
@@ -249,18 +249,18 @@ def test_first_estimates_are_the_prompts():
 
 def test_one_program_for_all_choices():
   """Several exits and lengths are used by the loop compiled already; so it is lossless with all."""
-  decode(DYNAMIC, "top_p")
+  decode(DYNAMIC, "sampled")
   before = compilations()["decode"]
   chosen = np.zeros((2, 5))
   for seed in range(4):
-    chosen += np.asarray(decode(DYNAMIC, "top_p", seed=seed).drafter_state.chosen)
+    chosen += np.asarray(decode(DYNAMIC, "sampled", seed=seed).drafter_state.chosen)
   assert np.sum(chosen > 0) > 2, chosen
   assert compilations()["decode"] == before
 
 
 def test_statistics_go_on_from_an_earlier_text():
-  first = decode(DYNAMIC, "top_p").drafter_state
-  second = decode(DYNAMIC, "top_p", drafter_state=first).drafter_state
+  first = decode(DYNAMIC, "sampled").drafter_state
+  second = decode(DYNAMIC, "sampled", drafter_state=first).drafter_state
   assert int(second.rounds) > int(first.rounds) > 0
 
 

@@ -21,6 +21,7 @@ RNG = np.random.default_rng(0)
 LOGITS, TEACHER = 2 * RNG.normal(size=(2, 3, 11)), 2 * RNG.normal(size=(2, 3, 11))
 LABELS = RNG.integers(0, 11, (2, 3))
 WEIGHTS = np.array([[1.0, 0, 1], [1, 1, 0]])
+CONFIDENCE, BASE = RNG.normal(size=(2, 3)), 2 * RNG.normal(size=(2, 3, 11))
 PREDICTED, HIDDEN = 2 * RNG.normal(size=(2, 3, 5)), RNG.normal(size=(2, 3, 5))
 
 
@@ -36,7 +37,10 @@ def slots(kept=None, logits=LOGITS):
     mass = np.log(np.exp(TEACHER).sum(-1))
     teacher, logits = TEACHER[..., kept], logits[..., kept]
   arrays = (logits, teacher, LABELS % logits.shape[-1], WEIGHTS, PREDICTED, HIDDEN)
-  return Slots(*map(jnp.asarray, arrays), None if mass is None else jnp.asarray(mass))
+  given = {"confidence": jnp.asarray(CONFIDENCE), "base": jnp.asarray(BASE)}
+  if mass is not None:
+    given["mass"] = jnp.asarray(mass)
+  return Slots(*map(jnp.asarray, arrays), **given)
 
 
 def reference(name, option, kept=None):
@@ -68,12 +72,19 @@ def reference(name, option, kept=None):
   if name == "lk":
     share = np.exp(-(3 if option is None else option) * (alpha * WEIGHTS).sum() / WEIGHTS.sum())
     return share * kl + (1 - share) * (1 - alpha)
+  if name == "confidence":
+    c = 1 / (1 + np.exp(-CONFIDENCE))
+    return -alpha * np.log(c) - (1 - alpha) * np.log(1 - c)
+  if name == "base":
+    law = softmax(BASE)
+    return -np.log(np.take_along_axis(law, (LABELS % len(kept))[..., None], -1)[..., 0])
   if name == "smooth_l1":
     return np.where(difference < 1, 0.5 * difference**2, difference - 0.5).mean(-1)
   assert name == "mse"
   return (difference**2).mean(-1)
 
 
+STATES = ("smooth_l1", "mse", "confidence", "base")  # terms that don't look at the drafter's law
 CASES = [(name, None) for name in TERMS] + [
   ("soft", 0.95), ("top_k", 3), ("list_mle", 4), ("lk", 0.0), ("lk", 1.0)]  # fmt: skip
 
@@ -97,14 +108,14 @@ def test_terms_add_up_with_their_weights():
 
 
 def test_no_term_differentiates_the_teacher():
-  """Nor the target's state through it; and all but the regressions move the drafter's logits."""
+  """Nor the target's state through it; and all but those of other outputs move its logits."""
 
   def total(s, name):
     return jnp.sum(objectives.value(name, s))
 
   for name in TERMS:
     grads = jax.grad(lambda logits, name=name: total(slots().replace(logits=logits), name))
-    assert np.any(grads(jnp.asarray(LOGITS))) == (name not in ("smooth_l1", "mse")), name
+    assert np.any(grads(jnp.asarray(LOGITS))) == (name not in STATES), name
   for name in ("soft", "kl", "top_k", "list_mle"):
     to_teacher = jax.grad(lambda teacher, name=name: total(slots().replace(teacher=teacher), name))(
       jnp.asarray(TEACHER)
@@ -157,6 +168,12 @@ def test_depths_and_normalisation():
   n, m = 9 - 2, 9 - 3
   expected = (0.5 * n * first + 0.25 * m * second) / (0.5 * n + 0.25 * m)
   np.testing.assert_allclose(losses_of["global"], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["confidence", "base"])
+def test_terms_of_heads_a_drafter_has_not(name):
+  with pytest.raises(UserError, match=f"'{name}' is for drafters with a"):
+    objectives.value(name, slots().replace(confidence=None, base=None))
 
 
 def test_mistakes_are_named():

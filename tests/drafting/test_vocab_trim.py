@@ -65,7 +65,7 @@ def decode(drafter, params, sampler="greedy", tokens=17, **kwargs):
 CASES = [
   ("medusa", "greedy"),
   ("shared_medusa", "sampled"),
-  ("eagle3", "top_p"),
+  ("eagle3", "sampled"),
   ("early_exit", "greedy"),
   ("draft_model", "sampled"),
 ]
