@@ -40,7 +40,7 @@ from jaxdec.drafting.static_tree import StaticTree
 from jaxdec.training.tasks.distill import Distill
 
 PATHS = [(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 1, 0), (0, 1, 2)]
-SAMPLERS = {"greedy": Sampler(), "sampled": Sampler(0.9, top_p=0.9)}
+SAMPLERS = {"greedy": Sampler(), "sampled": Sampler(0.7, top_p=0.8)}
 
 
 @functools.cache
