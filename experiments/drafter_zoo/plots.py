@@ -54,6 +54,8 @@ def cost(rows: Sequence[dict[str, Any]], path: Path) -> None:
       axis.annotate(
         row["drafter"], (row[key], value), fontsize=6, xytext=(3, 2), textcoords="offset points"
       )
+  for axis in (left, right):
+    axis.margins(x=0.15)  # room for the names
   left.set_xscale("symlog", linthresh=1e3)
   left.set_xlabel("trained parameters")
   right.set_xlabel("drafting, % of decoding time")
