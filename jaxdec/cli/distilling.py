@@ -16,10 +16,12 @@ def run(config: configs.Distill, mesh: dict[str, int], lm: Any) -> int:
   """Trains, or resumes what ``work_dir`` holds; 0 also where it was stopped and saved."""
   import jax
 
-  from jaxdec.distillation import distill
+  from jaxdec.distillation import distill, make_drafter
 
   if config.work_dir is None and jax.process_count() > 1:
     raise UserError("several processes need one folder for all; give --work-dir")
+  # A drafter that can't be made leaves no folder behind.
+  make_drafter(settings(config, mesh, ""), lm.config)
   work_dir = config.work_dir or str(free_folder("runs", config.drafter))
   first = jax.process_index() == 0
   if first:

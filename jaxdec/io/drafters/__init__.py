@@ -161,18 +161,22 @@ def parameter_shapes(drafter: Any, target: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _layout(name: str, drafter: Any) -> Layout:
+  fit = [key for key, layout in LAYOUTS.items() if layout.kind == drafter.name]
+  if not fit:
+    kinds = dict.fromkeys(layout.kind for layout in LAYOUTS.values())
+    raise UserError(
+      f"no layout holds {drafter.name} drafters; those with one are {', '.join(kinds)}"
+    )
   found = LAYOUTS.get(f"speculators_{drafter.name}" if name == "speculators" else name)
   if found is None:
-    known = ["speculators", *LAYOUTS]
     raise UserError(
-      f"no layout {name!r} for {drafter.name} drafters{nearest(name, known)}; known: "
-      f"{', '.join(LAYOUTS)}"
+      f"no layout {name!r} for {drafter.name} drafters{nearest(name, fit)}; give one of "
+      f"{', '.join(fit)}"
     )
   if found.kind != drafter.name:
-    fit = [key for key, layout in LAYOUTS.items() if layout.kind == drafter.name]
     raise UserError(
       f"layout {found.name!r} holds {found.kind} drafters and this one is {drafter.name!r}; "
-      f"layouts for it: {', '.join(fit) or 'none'}"
+      f"layouts for it: {', '.join(fit)}"
     )
   return found
 
