@@ -15,12 +15,10 @@ from toy_target import (
   init,
   logits_by_depth,
   loss_of,
-  overfit_batch,
   random_batch,
   randomized,
   run,
   target,
-  train,
 )
 
 from jaxdec.decoding import Sampler, generate
@@ -285,38 +283,3 @@ def train_on(drafter, t, teacher, batches, steps):
   for i in range(steps):
     params, state = step(params, state, batches(i))
   return params
-
-
-@pytest.mark.parametrize("cls", [Medusa, Hydra, HydraPlusPlus])
-def test_overfits_one_sequence_and_then_accepts_it(cls):
-  """U9: accuracy in training must turn into acceptance in decoding."""
-  t, text = overfit_text()
-  drafter = of(
-    cls,
-    t,
-    num_heads=3,
-    depth_decay=1.0,
-    objective="hard",
-    **({} if cls is Medusa else {"dropout": 0.0}),
-  )
-  params, metrics = train(drafter, t, overfit_batch(text), 300)
-  assert min(metrics["top1"]) >= 0.99
-  out = generate(
-    t.model,
-    t.params,
-    [text[:8].tolist()],
-    max_new_tokens=len(text) - 8,
-    stop=None,
-    drafter=drafter,
-    drafter_params=params,
-  )
-  assert out.tokens[0] == text[8:].tolist()
-  assert out.stats.tokens_per_step >= 0.9 * 4
-
-
-@functools.cache
-def overfit_text(length=256):
-  from toy_target import greedy_text
-
-  t = target(seed=1)
-  return t, greedy_text(t, [1, 2, 3, 4, 5, 6, 7, 8], length)
