@@ -198,11 +198,13 @@ def regenerate(config: configs.Regenerate) -> int:
 def convert(config: configs.Convert) -> int:
   from jaxdec.drafting import Target
   from jaxdec.drafting.checkpoint import save_drafter
+  from jaxdec.io import folders
   from jaxdec.io.drafters import write_drafter
 
   lm = _load(config.model)
   drafter, params = lm.drafter(config.drafter)
   if config.to == "jaxdec":
+    folders.check_target(config.output, False)
     save_drafter(config.output, drafter, params, Target(lm.model, lm.params, None))
   else:
     write_drafter(

@@ -408,6 +408,7 @@ def test_convert_command(tmp_path, capsys):
   other, ours = str(tmp_path / "b"), str(tmp_path / "c")
   assert main(["convert", other, "--drafter", str(tmp_path / "a"), "--to", "medusa_original"]) == 0
   assert main(["convert", ours, "--drafter", other, "--to", "jaxdec"]) == 0
+  assert main(["convert", ours, "--drafter", other, "--to", "jaxdec"]) == 2  # nothing overwritten
   assert "wrote the medusa drafter" in capsys.readouterr().out
   back, read = load_drafter(ours, Target(lm.model, lm.params, None))
   assert back == drafter
