@@ -22,7 +22,7 @@ from toy_target import (
   target,
   train,
 )
-from universal import PATHS, Universal, plain, start
+from universal import PATHS, SAMPLERS, Universal, plain, start
 
 from jaxdec.decoding import Sampler, generate
 from jaxdec.drafting.base import Context
@@ -168,12 +168,12 @@ def test_trees_draft_what_training_ranks():
 
 
 def test_dynamic_tree_changes_no_token():
-  """EAGLE-2's tree, twice as deep as trained, at temperature 1."""
+  """EAGLE-2's tree, twice as deep as trained, sampled."""
   drafter, params = random_drafter(tree=DynamicTree(num_nodes=10, max_depth=6, width=3))
   prompts = ((1, 2, 3, 4, 5), (7, 8))
   out = generate(
     target().model, target().params, [list(p) for p in prompts], max_new_tokens=20,
-    sampler=Sampler(1.0), drafter=drafter, drafter_params=params, stop=None, seed=5,
+    sampler=SAMPLERS["sampled"], drafter=drafter, drafter_params=params, stop=None, seed=5,
   )  # fmt: skip
   assert out.tokens == plain("sampled", prompts, 20)
 
