@@ -42,6 +42,7 @@ class Budget:
   prompt_tokens: int = 64
   new_tokens: int = 128
   repeats: int = 3
+  timed_prompts: int = 6
 
 
 def with_trees(drafter: TrainedDrafter, accuracy: Any) -> Shapes:
@@ -122,6 +123,7 @@ def trimmed(drafter: Drafter, params: Any, target: Target, counts: np.ndarray):
 
 
 _HEADS = {"share_head": True, "objective": "soft"}
+_BLOCKS = {"num_anchors": 64, "num_layers": 2}
 _ALL = (
   Arm(name="medusa", kind="medusa", options=_HEADS),
   Arm(name="hydra", kind="hydra", options=_HEADS),
@@ -141,11 +143,11 @@ _ALL = (
   Arm(name="eagle3", kind="eagle3"),
   Arm(name="eagle3_dynamic", trained_as="eagle3", shapes=with_dynamic_trees),
   Arm(name="p_eagle", kind="p_eagle"),
-  Arm(name="dflash", kind="dflash", options={"labels": "from_anchor", "num_anchors": 64}),
-  Arm(name="dspark", kind="dspark", options={"rank": 64, "num_anchors": 64}),
+  Arm(name="dflash", kind="dflash", options={"labels": "from_anchor", **_BLOCKS}),
+  Arm(name="dspark", kind="dspark", options={"rank": 64, **_BLOCKS}),
   Arm(name="ppd", kind="ppd", learning_rate=1e-2),
   Arm(name="masked_mtp", kind="masked_mtp", options={"rank": 16}),
-  Arm(name="hidden_transfer", kind="hidden_transfer"),
+  Arm(name="hidden_transfer", kind="hidden_transfer", learning_rate=1e-3),
   Arm(
     name="early_exit", shapes=drafts_only,
     untrained=lambda config: EarlyExit(exit=config.num_layers // 2, num_drafts=CHAIN),

@@ -8,7 +8,8 @@ Command:   python -m experiments.drafter_zoo.run                  (hours on 2 co
 Expected:  README.md beside this file.
 
 A drafter that is finished is not trained or measured again; an interrupted run goes on where it
-was. Results replace those of the same preset in ``results/``.
+was. Times are taken last, all in one stretch; delete ``runs/drafter_zoo/PRESET/*.times.json`` to
+take them again on a quieter machine. Results replace those of the same preset in ``results/``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,17 @@ from experiments.drafter_zoo import measure, plots
 from experiments.drafter_zoo.arms import ARMS, CLAIMS, Arm, Budget
 from jaxdec import bench
 from jaxdec.data import cut_prompts, open_source
-from jaxdec.distillation import Corpora, Distilled, distill, load_corpora, make_trainer
+from jaxdec.distillation import (
+  Corpora,
+  Distilled,
+  distill,
+  load_corpora,
+  make_trainer,
+  seconds_per_step,
+)
 from jaxdec.drafting.base import Target
 from jaxdec.drafting.checkpoint import CONFIG_FILE, load_drafter
+from jaxdec.drafting.probes import ProbeDrafter
 from jaxdec.report import Column, Table, describe
 
 RESULTS = Path(__file__).parent / "results"
@@ -40,7 +50,14 @@ PRESETS = {
   "full": Budget(steps=3000),
   "short": Budget(steps=200, prompts=24, repeats=2),
   "tiny": Budget(
-    steps=4, batch_size=2, seq_len=64, prompts=2, new_tokens=16, repeats=1, eval_batches=1
+    steps=4,
+    batch_size=2,
+    seq_len=64,
+    prompts=2,
+    new_tokens=16,
+    repeats=1,
+    eval_batches=1,
+    timed_prompts=1,
   ),
 }
 COLUMNS = (
@@ -48,6 +65,7 @@ COLUMNS = (
   Column("parameters", "trained parameters", ",d"),
   Column("train_tokens_per_second", "training tokens/s", ",.0f"),
   Column("train_mib", "step memory, MiB", ",.0f"),
+  Column("target_rows", "rows of a pass (chain of 5)", "d"),
   Column("tau_sim", "simulated", ".2f"),
   Column("chain5", "chain of 5", align="left"),
   Column("tree16", "tree ≤ 16", align="left"),
@@ -69,19 +87,6 @@ def train(lm: Any, arm: Arm, budget: Budget, corpora: Corpora, work_dir: Path) -
   return None if done.drafter is None else done
 
 
-def training_facts(lm: Any, arm: Arm, budget: Budget, corpora: Corpora, work_dir: Path) -> dict:
-  """Memory of a training step, from its compiled program (which the run then finds compiled)."""
-  trainer, _ = make_trainer(lm.model, lm.params, corpora, arm.job(budget, work_dir))
-  shape = (budget.batch_size, budget.seq_len)
-  kinds = {"tokens": np.int32, "segment_ids": np.int32, "positions": np.int32, "loss_mask": bool}
-  batch = {name: jax.ShapeDtypeStruct(shape, kind) for name, kind in kinds.items()}
-  memory = trainer.lower(batch).compile().memory_analysis()
-  return {
-    "parameters": sum(x.size for x in jax.tree.leaves(trainer.abstract.params)),
-    "train_mib": (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 2**20,
-  }
-
-
 def draft_share(lm: Any, drafter: Any, params: Any, prompt: Any, budget: Budget) -> float:
   """Per cent of decoding that is the drafter's."""
   out = lm.generate(
@@ -91,52 +96,92 @@ def draft_share(lm: Any, drafter: Any, params: Any, prompt: Any, budget: Budget)
   return 100 * out.stats.draft_seconds / (out.stats.draft_seconds + out.stats.verify_seconds)
 
 
-def one(lm: Any, arm: Arm, budget: Budget, corpora: Corpora, prompts, folder: Path) -> dict | None:
-  """Everything about one arm, from ``folder/arm.json`` where that is there."""
-  kept = folder / f"{arm.name}.json"
-  if kept.is_file():
-    return json.loads(kept.read_text(encoding="utf-8"))
-  began, accuracy, params = time.perf_counter(), None, {}
-  if arm.untrained is not None:
-    drafter, facts = arm.untrained(lm.config), {"parameters": 0}
-  else:
-    source = ARMS[arm.trained_as or arm.name]
-    facts = training_facts(lm, source, budget, corpora, folder)
-    done = train(lm, source, budget, corpora, folder)
-    if done is None:
-      return None
-    run = Path(source.job(budget, folder).trainer.work_dir)
-    accuracy = json.loads((run / CONFIG_FILE).read_text(encoding="utf-8")).get("accuracy")
-    drafter, params = load_drafter(run, Target(lm.model, lm.params, None))
-    facts["tau_sim"] = float(np.asarray(done.result.metrics.get("tokens_per_step", np.nan)))
-    facts["train_tokens_per_second"] = speed(run)
-  counts = np.bincount(np.asarray(corpora.train.tokens), minlength=lm.config.vocab_size)
+def shapes(lm: Any, arm: Arm, corpora: Corpora, folder: Path) -> tuple[list[bench.Arm], dict]:
+  """A trained arm with each of its trees; its accuracy and the like."""
   target = Target(lm.model, lm.params, None)
+  if arm.untrained is not None:
+    drafter, params, facts = arm.untrained(lm.config), {}, {"parameters": 0, "accuracy": None}
+  else:
+    run = folder / (arm.trained_as or arm.name)
+    drafter, params = load_drafter(run, target)
+    facts = {
+      "parameters": sum(x.size for x in jax.tree.leaves(params)),
+      "accuracy": json.loads((run / CONFIG_FILE).read_text(encoding="utf-8")).get("accuracy"),
+    }
+  counts = np.bincount(np.asarray(corpora.train.tokens), minlength=lm.config.vocab_size)
   arms = [
     bench.Arm(name, *arm.after(shaped, params, target, counts))
-    for name, shaped in arm.shapes(drafter, accuracy).items()
+    for name, shaped in arm.shapes(drafter, facts["accuracy"]).items()
   ]
+  return arms, facts
+
+
+def counted(lm, arm: Arm, budget: Budget, corpora: Corpora, prompts, folder: Path) -> dict | None:
+  """Training, and tokens per step with every tree: what does not depend on the clock."""
+  began, facts = time.perf_counter(), {}
+  if arm.untrained is None:
+    done = train(lm, ARMS[arm.trained_as or arm.name], budget, corpora, folder)
+    if done is None:
+      return None
+    facts["tau_sim"] = float(np.asarray(done.result.metrics.get("tokens_per_step", np.nan)))
+  arms, known = shapes(lm, arm, corpora, folder)
+  settings = bench.BenchConfig(
+    max_new_tokens=budget.new_tokens, temperatures=(0.0,), repeats=1, batch_size=8
+  )
+  return facts | known | {
+    "drafter": arm.name,
+    "target_rows": target_rows(arms[0].drafter),
+    "rows": bench.run(lm.model, lm.params, arms, prompts, settings),
+    "seconds": time.perf_counter() - began,
+  }  # fmt: skip
+
+
+def timed(lm, arm: Arm, budget: Budget, corpora: Corpora, prompts, folder: Path) -> dict:
+  """Training step and decoding with the first tree, on a machine that does nothing else."""
+  facts = {}
+  if arm.untrained is None:
+    job = ARMS[arm.trained_as or arm.name].job(budget, folder)
+    job = dataclasses.replace(job, trainer=dataclasses.replace(job.trainer, work_dir=None))
+    seconds = seconds_per_step(lm.model, lm.params, corpora, job)
+    facts["train_tokens_per_second"] = budget.batch_size * budget.seq_len / seconds
+    trainer, _ = make_trainer(lm.model, lm.params, corpora, job)
+    memory = trainer.lower(_batch_shapes(budget)).compile().memory_analysis()
+    facts["train_mib"] = (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 2**20
+  first = shapes(lm, arm, corpora, folder)[0][0]
   settings = bench.BenchConfig(
     max_new_tokens=budget.new_tokens, temperatures=(0.0,), repeats=budget.repeats
   )
-  facts |= {
-    "drafter": arm.name,
-    "accuracy": accuracy,
-    "draft_share": draft_share(lm, arms[0].drafter, arms[0].params, prompts[0], budget),
-    "rows": bench.run(lm.model, lm.params, arms, prompts, settings),
-    "seconds": time.perf_counter() - began,
-  }
-  text = json.dumps(facts, indent=1, default=float)
-  kept.with_suffix(".tmp").write_text(text, encoding="utf-8")
-  kept.with_suffix(".tmp").replace(kept)
-  return json.loads(text)
+  some = prompts[: budget.timed_prompts]
+  rows = bench.run(lm.model, lm.params, [first], some, settings)
+  share = draft_share(lm, first.drafter, first.params, prompts[0], budget)
+  return facts | {"draft_share": share, "speedup": rows[-1]["speedup"], "timed_with": first.name}
 
 
-def speed(run: Path) -> float:
-  """Median tokens/s of the run's reports, the first apart."""
-  lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-  seen = [row["tokens_per_second"] for row in map(json.loads, lines) if "tokens_per_second" in row]
-  return float(np.median(seen[1:] or seen or [np.nan]))
+def _batch_shapes(budget: Budget) -> dict[str, jax.ShapeDtypeStruct]:
+  kinds = {"tokens": np.int32, "segment_ids": np.int32, "positions": np.int32, "loss_mask": bool}
+  shape = (budget.batch_size, budget.seq_len)
+  return {name: jax.ShapeDtypeStruct(shape, kind) for name, kind in kinds.items()}
+
+
+def target_rows(drafter: Any) -> int:
+  """Rows of a verify pass: the nodes, and the probes that ride along behind each."""
+  riding = drafter.num_heads * drafter.members if isinstance(drafter, ProbeDrafter) else 0
+  return drafter.num_nodes * (1 + riding)
+
+
+def kept(path: Path, make: Callable[[], dict | None]) -> dict | None:
+  """What ``path`` holds, or what ``make`` returns, which is then kept there."""
+  if path.is_file():
+    return json.loads(path.read_text(encoding="utf-8"))
+  facts = make()
+  if facts is not None:
+    path.with_suffix(".tmp").write_text(
+      json.dumps(facts, indent=1, default=float), encoding="utf-8"
+    )
+    path.with_suffix(".tmp").replace(path)
+    facts = json.loads(path.read_text(encoding="utf-8"))
+  jax.clear_caches()  # programs of drafters that nothing will run again
+  return facts
 
 
 def flat(result: dict) -> dict[str, Any]:
@@ -148,7 +193,6 @@ def flat(result: dict) -> dict[str, Any]:
       value, low, high = measure.tokens_per_step(by_name[name])
       row[name] = f"{value:.2f} [{low:.2f}, {high:.2f}]"
       row[f"{name}_nodes"] = by_name[name]["nodes"]
-  row["speedup"] = by_name[next(n for n in by_name if n != bench.BASELINE)]["speedup"]
   row["identical"] = "all" if all(r["all_identical"] for r in result["rows"]) else "NO"
   return row
 
@@ -162,7 +206,8 @@ def write(results: list[dict], budget: Budget, folder: Path, command: str) -> No
     f"{budget.steps} steps of {budget.batch_size} x {budget.seq_len} tokens each; "
     f"{budget.prompts} prompts of test-split files, {budget.new_tokens} new tokens, greedy.",
     "Tokens per step, 95 % bootstrap intervals over prompts. Step memory: temporaries and outputs "
-    "of the compiled training step. Speed-up: against plain decoding, in turn.",
+    "of the compiled training step. Speed-up: against plain decoding, in turn, on "
+    f"{budget.timed_prompts} of the prompts, one at a time.",
   ]
   table = Table(COLUMNS, rows, title="Drafters under one budget", notes=notes)
   claims = []
@@ -209,16 +254,21 @@ def main() -> int:
     min_tokens=budget.prompt_tokens, max_tokens=budget.prompt_tokens,
   )  # fmt: skip
   prompts = [prompt.tokens for prompt in cut]
+  shared = (budget, corpora, prompts, folder)
   results = []
   for name in options.only:
-    result = one(lm, ARMS[name], budget, corpora, prompts, folder)
+    arm = ARMS[name]
+    result = kept(folder / f"{name}.json", lambda arm=arm: counted(lm, arm, *shared))
     if result is None:
       return 130
     results.append(result)
-    jax.clear_caches()  # three trees of each drafter: programs nothing will run again
     row = flat(result)
     told = [f"{tree} {row[tree]}" for tree in ("chain5", "tree16", "tree64") if tree in row]
     print(f"{name}: {', '.join(told)} in {result['seconds']:.0f} s", flush=True)
+  for result in results:  # after all the rest: side by side, in one stretch
+    name, arm = result["drafter"], ARMS[result["drafter"]]
+    result |= kept(folder / f"{name}.times.json", lambda arm=arm: timed(lm, arm, *shared))
+    print(f"{name}: {result['speedup']:.2f} x plain decoding", flush=True)
   output = options.output or RESULTS / options.preset
   write(results, budget, output, shlex.join(["python", "-m", "experiments.drafter_zoo.run",
                                              *sys.argv[1:]]))  # fmt: skip
