@@ -18,12 +18,15 @@ from jaxdec.data import Corpus, Share
 from jaxdec.data.mixture import Mixture, load_data, make_batches
 from jaxdec.drafting.base import Params
 from jaxdec.drafting.kinds import KINDS
+from jaxdec.drafting.lora import LoRA
 from jaxdec.drafting.trained import TrainedDrafter
 from jaxdec.errors import UserError, nearest
 from jaxdec.parallel import batch_share, make_mesh
+from jaxdec.parallel.distributed import to_host
 from jaxdec.training import Trainer, TrainerConfig
 from jaxdec.training.acceptance import Acceptance, held_out_prompts
 from jaxdec.training.tasks.distill import Distill, finish
+from jaxdec.training.tasks.medusa2 import Medusa2
 from jaxdec.training.teachers import Cache, Cached, States, Streamed
 from jaxdec.training.trainer import TrainResult
 
@@ -51,6 +54,10 @@ class DistillConfig:
     acceptance_every: steps between measurements of what is accepted, by decoding
       ``acceptance_prompts`` held-out prompts with the tree the drafter would get now; None: none.
       See ``jaxdec.training.acceptance``. acceptance_tokens: decoded for each prompt.
+    joint: Medusa-2: once the heads are trained, in the run's folder with ``-heads`` at its end, the
+      target learns with them for as many steps again, by a LoRA; ``kl`` and ``hard`` hold it in
+      place (``jaxdec.training.tasks.medusa2``). What results is another model, beside its heads.
+    lora: which of the target's layers learn, at what rank, with ``joint``.
   """
 
   drafter: str = "hydra"
@@ -68,8 +75,12 @@ class DistillConfig:
   acceptance_every: int | None = None
   acceptance_prompts: int = 8
   acceptance_tokens: int = 64
+  joint: Literal["kl", "hard"] | None = None
+  lora: LoRA = LoRA()  # noqa: RUF009 (frozen)
 
   def __post_init__(self):
+    if self.joint is not None:
+      self._check_joint()
     if self.teacher not in ("online", "streamed", "cached"):
       raise UserError(f"teacher must be online, streamed or cached, got {self.teacher!r}")
     if self.teacher == "cached" and not (self.teacher_folder or self.trainer.work_dir):
@@ -79,15 +90,33 @@ class DistillConfig:
       if value is not None and value < 1:
         raise UserError(f"{name} must be at least 1, got {value}")
 
+  def _check_joint(self):
+    if self.joint not in ("kl", "hard"):
+      raise UserError(f"joint must be 'kl', 'hard' or None, got {self.joint!r}")
+    if self.drafter != "medusa":
+      raise UserError(
+        f"joint training tunes a model with Medusa heads, got drafter={self.drafter!r}; use medusa"
+      )
+    if self.teacher != "online" or self.acceptance_every is not None:
+      raise UserError(
+        "with joint the model itself changes at every step, so its states can't come from "
+        "elsewhere and no drafter is measured on it meanwhile; use teacher='online' and "
+        "acceptance_every=None"
+      )
+
 
 @dataclasses.dataclass(frozen=True)
 class Distilled:
-  """A trained drafter (None where the run was interrupted), its parameters, and how it went."""
+  """A trained drafter (None where the run was interrupted), its parameters, and how it went.
+
+  ``target``: parameters of the model it drafts for, where that learned too (``joint``).
+  """
 
   drafter: TrainedDrafter | None
   params: Params
   result: TrainResult
   seconds: float
+  target: Params | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,10 +177,17 @@ def make_trainer(
   corpora: Corpora,
   config: DistillConfig,
   watch: Callable[[], None] = lambda: None,
-) -> tuple[Trainer, Distill]:
-  """The trainer and its task; nothing of it is compiled yet. A cached teacher writes its states."""
+  heads: Params | None = None,
+) -> tuple[Trainer, Distill | Medusa2]:
+  """The trainer and its task; nothing of it is compiled yet. A cached teacher writes its states.
+
+  ``heads``: where joint training starts; None: a drafter is trained for the model as it is.
+  """
   drafter = make_drafter(config, model.config)
-  task = Distill(drafter, model, params, runs_target=config.teacher != "cached")
+  if heads is None:
+    task = Distill(drafter, model, params, runs_target=config.teacher != "cached")
+  else:
+    task = Medusa2(drafter, model, params, heads, lora=config.lora, keep=config.joint)
   mesh = make_mesh(**dataclasses.asdict(config.trainer.mesh))
   share = batch_share(mesh)
   shape = {"batch_size": config.batch_size, "seq_len": config.seq_len}
@@ -221,7 +257,8 @@ def distill(
 ) -> Distilled:
   """Trains (or resumes) a drafter and saves it into ``config.trainer.work_dir``, if there is one.
 
-  The folder then works as ``generate(drafter=folder)``. The target's parameters don't change.
+  The folder then works as ``generate(drafter=folder)``. The target's parameters don't change; with
+  ``config.joint`` the folder's ``target`` is the model that the drafter is for.
 
   Args:
     model, params: the target, in either layout.
@@ -231,7 +268,13 @@ def distill(
   """
   begin = time.perf_counter()
   corpora = load_corpora(config.data, tokenizer) if corpora is None else corpora
-  trainer, task = make_trainer(model, params, corpora, config, watch)
+  heads = None
+  if config.joint is not None:
+    first = distill(model, params, tokenizer, _heads_first(config), corpora, watch=watch)
+    if first.drafter is None:
+      return first
+    heads = to_host(first.params)
+  trainer, task = make_trainer(model, params, corpora, config, watch, heads)
   try:
     result = trainer.train()
   finally:
@@ -242,11 +285,29 @@ def distill(
     "data": config.data, "steps": result.step, "batch_size": config.batch_size,
     "seq_len": config.seq_len,
   }  # fmt: skip
-  drafter = finish(
-    task, result.params, held_out(corpora, config, Share()), config.trainer.work_dir,
-    num_nodes=config.num_nodes, extra=facts,
-  )  # fmt: skip
-  return Distilled(drafter, result.params, result, time.perf_counter() - begin)
+  batches, folder = held_out(corpora, config, Share()), config.trainer.work_dir
+  saved: dict[str, Any] = {"num_nodes": config.num_nodes, "extra": facts}
+  if config.joint is None:
+    drafter = finish(task, result.params, batches, folder, **saved)
+    return Distilled(drafter, result.params, result, time.perf_counter() - begin)
+  found = task.finish(result.params, batches, folder, tokenizer=tokenizer, **saved)
+  drafter, target, heads = found
+  return Distilled(drafter, heads, result, time.perf_counter() - begin, target)
+
+
+def _heads_first(config: DistillConfig) -> DistillConfig:
+  """The heads' own run, before the joint one."""
+  work_dir = config.trainer.work_dir
+  if work_dir is not None:
+    folder = Path(work_dir)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+      raise UserError(  # now, not when the heads are done
+        f"work_dir {work_dir!r} holds files that are no training run (no config.json); give a new "
+        "folder"
+      )
+    work_dir = str(folder.with_name(f"{folder.name}-heads"))
+  trainer = dataclasses.replace(config.trainer, work_dir=work_dir)
+  return dataclasses.replace(config, joint=None, trainer=trainer)
 
 
 def seconds_per_step(model: Any, params: Any, corpora: Corpora, config: DistillConfig) -> float:

@@ -49,6 +49,8 @@ def check(config: Any) -> None:
     drafter_name(name.strip())
   if fields.get("drafter") is not None:
     (_trainable if "work_dir" in fields else drafter_name)(fields["drafter"])
+  if fields.get("joint") is not None:
+    _joint(fields)
   prompts: list[str] = []
   if "prompt" in fields or isinstance(fields.get("prompts"), str):
     prompts = texts(fields.get("prompt", ()), fields.get("prompts"), needed="prompt" in fields)
@@ -231,6 +233,20 @@ def _trainable(name: str) -> None:
       f"drafter {name!r} has nothing to train" if name in UNTRAINED else f"unknown drafter {name!r}"
     )
     raise UserError(f"{why}{nearest(name, TRAINED)}; distill one of {', '.join(TRAINED)}")
+
+
+def _joint(fields: dict[str, Any]) -> None:
+  if fields["drafter"] != "medusa":
+    raise UserError(
+      f"--joint trains the model together with Medusa heads, and --drafter is "
+      f"{fields['drafter']!r}; give --drafter medusa, or leave --joint out"
+    )
+  for option, plain in (("teacher", "online"), ("acceptance_every", None)):
+    if fields[option] != plain:
+      raise UserError(
+        f"with --joint the model changes at every step, which --{option.replace('_', '-')} "
+        f"{fields[option]} can't follow; leave one of them out"
+      )
 
 
 def texts(given: tuple[str, ...], path: str | None, needed: bool = True) -> list[str]:

@@ -102,6 +102,9 @@ class Distill:
   """Other settings of the drafter, NAME=VALUE each, such as num_blocks=2 depth_decay=0.9."""
   own_heads: bool = False
   """An LM head of its own for each depth (medusa, hydra) instead of the target's."""
+  joint: Literal["kl", "hard"] | None = None
+  """Medusa-2: after the heads (in WORK_DIR-heads) the model learns too, for --steps more; kl holds
+  it to what it says now, hard to the text. Writes a new model, WORK_DIR/target."""
   batch_size: int = 8
   """Sequences per step."""
   seq_len: int = 256

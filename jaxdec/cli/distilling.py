@@ -17,6 +17,7 @@ def run(config: configs.Distill, mesh: dict[str, int], lm: Any) -> int:
   import jax
 
   from jaxdec.distillation import distill, make_drafter
+  from jaxdec.training.tasks.medusa2 import TARGET
 
   if config.work_dir is None and jax.process_count() > 1:
     raise UserError("several processes need one folder for all; give --work-dir")
@@ -29,9 +30,10 @@ def run(config: configs.Distill, mesh: dict[str, int], lm: Any) -> int:
   job = settings(config, mesh, work_dir)
   done = distill(lm.model, lm.params, lm.tokenizer, job)
   if done.drafter is not None and first:
+    model = config.model if config.joint is None else Path(work_dir) / TARGET
     print(
       f"{config.drafter} trained in {done.seconds:.0f} s; use it with\n"
-      f"  jaxdec generate --model {config.model} --drafter {work_dir} --prompt ..."
+      f"  jaxdec generate --model {model} --drafter {work_dir} --prompt ..."
     )
   return 0
 
@@ -58,7 +60,7 @@ def settings(config: configs.Distill, mesh: dict[str, int], work_dir: str):
     drafter=config.drafter, options=options, data=config.data, batch_size=config.batch_size,
     seq_len=config.seq_len, num_nodes=config.tree_nodes,
     acceptance_every=config.acceptance_every, teacher=config.teacher,
-    teacher_dtype=config.teacher_dtype,
+    teacher_dtype=config.teacher_dtype, joint=config.joint,
     trainer=TrainerConfig(
       work_dir=work_dir, steps=config.steps, seed=config.seed, mesh=MeshConfig(**mesh),
       checkpoint_every=config.checkpoint_every, log_every=config.log_every,

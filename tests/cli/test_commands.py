@@ -48,7 +48,7 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(model, text, tmp_path_factory):
   """A finished distillation of two steps."""
-  folder = str(tmp_path_factory.mktemp("runs") / "medusa")
+  folder = str(tmp_path_factory.mktemp("runs") / "medusa-heads")  # which joint training finds
   assert main(_distill(model, text, folder)) == 0
   return folder
 
@@ -112,6 +112,38 @@ def test_distill_resumes_its_own_run_and_refuses_another(model, text, run, capsy
   assert "already finished" in capsys.readouterr().out
   after = _files(run)
   assert all(after[name] == before[name] for name in before if "drafter" in name)
+
+
+def test_joint_training_writes_a_model_and_heads_for_it(model, text, run, capsys):
+  """Goes on from the heads' run; drafting changes no token of the new model."""
+  folder = run.removesuffix("-heads")
+  assert main(_distill(model, text, folder, "--joint", "hard")) == 0
+  target, shown = f"{folder}/target", capsys.readouterr().out
+  assert f"{run} is already finished" in shown
+  assert f"jaxdec generate --model {target} --drafter {folder}" in shown
+  outputs = []
+  for more in ([], ["--drafter", folder]):
+    args = ["generate", "--model", target, "--prompt", "number 7", "--max-new-tokens", "16"]
+    assert main([*args, "--temperature", "1", *more]) == 0
+    outputs.append(capsys.readouterr().out)
+  assert outputs[0] == outputs[1]
+  args = ["generate", "--model", model, "--prompt", "a", "--drafter", folder]
+  assert main(args) == 2
+  assert "same sizes but other weights" in capsys.readouterr().err
+
+
+def test_joint_training_that_cannot_be(model, text, tmp_path):
+  folder = tmp_path / "run"
+  command = [*_distill(model, text, str(folder)), "--joint", "kl"]
+  outcome = run_jaxdec(*command, "--drafter", "hydra")
+  assert_sentence(outcome, "--drafter is 'hydra'; give --drafter medusa, or leave --joint out")
+  outcome = run_jaxdec(*command, "--teacher", "cached")
+  assert_sentence(outcome, "--teacher cached can't follow; leave one of them out")
+  assert not folder.exists() and not (tmp_path / "run-heads").exists()
+  folder.mkdir()
+  (folder / "thesis.txt").write_text("mine")
+  assert main(command) == 2  # before the heads are trained
+  assert not (tmp_path / "run-heads").exists()
 
 
 def test_work_dir_with_other_files(model, text, tmp_path):

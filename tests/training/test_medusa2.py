@@ -160,13 +160,14 @@ def test_both_results_are_saved_and_belong_together(tmp_path):
 
   task, *_, result = trained()
   drafter, new, _ = task.finish(result, [batch(9)], tmp_path / "run", num_nodes=4)
+  task.finish(result, [batch(9)], tmp_path / "run", num_nodes=4)  # as a finished run's repetition
   _, params = load_checkpoint(tmp_path / "run" / "target")[:2]
   params = jax.tree.map(np.asarray, params)
   jax.tree.map(np.testing.assert_array_equal, params, jax.tree.map(np.asarray, dict(new)))
-  loaded, _ = load_drafter(tmp_path / "run" / "drafter", Target(task.model, params, None))
+  loaded, _ = load_drafter(tmp_path / "run", Target(task.model, params, None))
   assert loaded == drafter
   with pytest.raises(UserError, match="other"):  # the original target is another
-    load_drafter(tmp_path / "run" / "drafter", target())
+    load_drafter(tmp_path / "run", target())
 
 
 def test_scanned_layers_give_the_same_loss():

@@ -6,6 +6,7 @@
 ``L_LM`` keeps the model what it is: KL to the untouched model (``keep="kl"``, self-distillation),
 or cross-entropy on data the model was trained on (``keep="hard"``). The model changes by a LoRA
 alone. Heads are trained first, the model untouched (``Distill``), then all together from there:
+``DistillConfig(joint="kl")`` does both. By hand:
 
     heads = ...                                        # parameters of a distilled Medusa
     task = Medusa2(medusa, model, target_params, heads)
@@ -24,12 +25,12 @@ rate a quarter as large, whatever the optimizer's settings. lambda_0 is 0.2 with
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from jaxdec.drafting.base import Params, Target, TargetOutput
 from jaxdec.drafting.checkpoint import to_config
@@ -44,6 +45,7 @@ from jaxdec.training.tasks.distill import Distill, finish
 from jaxdec.training.tasks.language_model import next_token_targets
 
 HEAD_WEIGHT = {"hard": 0.2, "kl": 0.01}
+TARGET = "target"  # the tuned model's folder, inside that of its heads
 
 
 class Medusa2(Task):
@@ -139,19 +141,25 @@ class Medusa2(Task):
     folder: str | os.PathLike | None = None,
     *,
     num_nodes: int = 16,
+    extra: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
   ) -> tuple[Medusa, Params, Params]:
     """The drafter with the best static tree for the tuned target, that target, and its heads.
 
-    With ``folder`` both are saved: ``folder/target``, a model folder, and ``folder/drafter``.
+    With ``folder`` all is saved: the drafter into it, and ``folder/target``, a model folder (with
+    the ``tokenizer``, if given) that takes the place of the original one.
     """
     from jaxdec.io import save_checkpoint
 
     target, heads = self.result(params)
     distill = Distill(self.drafter, self.model, target)
-    where = None if folder is None else os.path.join(folder, "drafter")
-    drafter = finish(distill, heads, batches, where, num_nodes=num_nodes)
     if folder is not None:
-      save_checkpoint(os.path.join(folder, "target"), self.model.config, to_host(target))
+      # The model first: a folder that holds a drafter then holds its model too.
+      weights = to_host(target)
+      if jax.process_index() == 0:
+        where = os.path.join(folder, TARGET)
+        save_checkpoint(where, self.model.config, weights, tokenizer=tokenizer, overwrite=True)
+    drafter = finish(distill, heads, batches, folder, num_nodes=num_nodes, extra=extra)
     return drafter, target, heads
 
   def flops_per_token(self, params: Params, length: int) -> float:
@@ -178,5 +186,6 @@ class Medusa2(Task):
 
 
 def _digest(heads: Params) -> float:
-  """Which heads a run began with, as far as its identity needs to tell."""
-  return float(sum(jnp.sum(jnp.abs(x)) for x in jax.tree.leaves(nn.unbox(heads))))
+  """Which heads a run began with, as far as its identity needs to tell: the same on any mesh."""
+  leaves = jax.tree.leaves(to_host(nn.unbox(heads)))
+  return float(sum(np.abs(np.asarray(x, np.float64)).sum() for x in leaves))
