@@ -33,6 +33,7 @@ from jaxdec.drafting.ppd_tree import SparseTrees
 from jaxdec.drafting.prompt_lookup import PromptLookup
 from jaxdec.drafting.registry import get, names, register
 from jaxdec.drafting.selection import argmax, top_k
+from jaxdec.drafting.source import Candidates, Source
 from jaxdec.drafting.specdec import SpecDec
 from jaxdec.drafting.specvlm import SpecVLM
 from jaxdec.drafting.static_tree import StaticTree, expected_tokens, greedy_tree
@@ -57,6 +58,7 @@ __all__ = [
   "KINDS",
   "PPD",
   "Accepted",
+  "Candidates",
   "Chimera",
   "Clover",
   "Clover2",
@@ -86,6 +88,7 @@ __all__ = [
   "PEagle",
   "Prompt",
   "PromptLookup",
+  "Source",
   "SparseTrees",
   "SpecDec",
   "SpecVLM",

@@ -14,18 +14,20 @@ def merge_paths(
   root: Int[Array, "B"],
   tokens: Int[Array, "B R L"],
   valid: Bool[Array, "B R L"],
-  weight: Float[Array, "B R"],
+  weight: Float[Array, "B R"] | Float[Array, "B R L"],
   num_nodes: int,
 ) -> Tree:
   """Merges R candidate continuations of the root.
 
   Node (r, j) stands for the first j + 1 tokens of path r; equal prefixes belong to the first path
-  that has them, and weigh the sum of their paths' weights. The ``num_nodes - 1`` heaviest are kept
-  (ties: shallower first, then earlier path), which always is a tree: weights never grow with depth.
+  that has them. The ``num_nodes - 1`` heaviest are kept (ties: shallower first, then earlier path),
+  which always is a tree: weights never grow with depth.
 
   Args:
     valid: made prefix-closed.
-    weight: votes or probabilities, positive.
+    weight: ``[B, R]`` votes, positive: a prefix weighs the sum over the paths that have it.
+      ``[B, R, L]`` what each prefix is worth, such as the probability that it is accepted, never
+      growing with j: where paths share a prefix, the largest value counts.
   """
   tree = jax.vmap(lambda *a: _merge(*a, num_nodes - 1))(
     tokens, jnp.cumprod(valid, axis=-1).astype(bool), weight
@@ -42,13 +44,21 @@ def merge_paths(
   )
 
 
+def shared_prefixes(tokens: Int[Array, "R L"], valid: Bool[Array, "R L"]) -> Bool[Array, "R R L"]:
+  """``[r, s, j]``: the first j + 1 tokens of paths r and s are valid and equal."""
+  same = (tokens[:, None] == tokens[None]) & valid[:, None] & valid[None]
+  return jnp.cumprod(same, axis=-1).astype(bool)
+
+
 def _merge(c, ok, weight, keep):
   paths, length = c.shape
-  same = (c[:, None] == c[None]) & ok[:, None] & ok[None]
-  prefix = jnp.cumprod(same, axis=-1).astype(bool)  # [r, s, j]: first j + 1 tokens equal
+  prefix = shared_prefixes(c, ok)
   first = jnp.argmax(prefix, axis=1)  # [r, j]: the path that owns the node
   owned = ok & (first == jnp.arange(paths)[:, None])
-  value = jnp.einsum("rsj,s->rj", prefix.astype(jnp.float32), weight)
+  if weight.ndim == 1:
+    value = jnp.einsum("rsj,s->rj", prefix.astype(jnp.float32), weight)
+  else:
+    value = jnp.max(jnp.where(prefix, weight, 0.0), axis=1)
   r, j = jnp.meshgrid(jnp.arange(paths), jnp.arange(length), indexing="ij")
   flat = lambda x: x.reshape(-1).astype(jnp.int32)  # noqa: E731
   cost = jnp.where(owned, -value, jnp.inf).reshape(-1)

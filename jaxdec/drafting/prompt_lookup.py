@@ -12,17 +12,17 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jaxdec.drafting.base import Drafter
-from jaxdec.drafting.merge import merge_paths
-from jaxdec.drafting.tree import chain
+from jaxdec.drafting.merge import shared_prefixes
+from jaxdec.drafting.source import Candidates, Source
 from jaxdec.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PromptLookup(Drafter):
+class PromptLookup(Source):
   """Attributes:
 
   num_drafts: tokens proposed (chain), or M - 1 (tree).
@@ -57,14 +57,15 @@ class PromptLookup(Drafter):
   def num_nodes(self) -> int:
     return self.num_drafts + 1
 
-  def propose(self, params, state, context, rng):
+  def candidates(self, params, state, context, rng):
+    """The matches' continuations. A prefix that k of n matches have is right with probability
+    k / (n + 1): the next occurrence may be a new one."""
     size = context.length + 1  # tokens known, root included
     start, ok = find_matches(context.history, size, self)
     tokens, valid = continuations(context.history, size, start, ok, self.num_drafts)
-    if self.num_matches == 1:
-      return chain(context.root, tokens[:, 0], valid[:, 0]), state
-    weight = jnp.ones(start.shape, jnp.float32)
-    return merge_paths(context.root, tokens, valid, weight, self.num_nodes), state
+    votes = jnp.sum(jax.vmap(shared_prefixes)(tokens, valid), axis=2)
+    matches = jnp.sum(ok, axis=1)[:, None, None]
+    return Candidates(tokens, valid, votes / (matches + 1.0))
 
 
 def find_matches(

@@ -89,6 +89,17 @@ class StaticTree:
     """Node slots of depth 1, 2, ..., D."""
     return tuple(np.flatnonzero(self.depth == d) for d in range(1, self.max_depth + 1))
 
+  @functools.cached_property
+  def branches(self) -> np.ndarray:
+    """``[R, D]`` slots along the path to each leaf, root left out; padded with 0."""
+    slot = {p: i + 1 for i, p in enumerate(self.paths)}
+    inner = {p[:-1] for p in self.paths}
+    leaves = [p for p in self.paths if p not in inner]
+    out = np.zeros((len(leaves), self.max_depth), np.int32)
+    for row, leaf in zip(out, sorted(leaves)):
+      row[: len(leaf)] = [slot[leaf[: d + 1]] for d in range(len(leaf))]
+    return out
+
   def truncated(self, num_nodes: int) -> StaticTree:
     """The first ``num_nodes - 1`` paths in level order (prefix-closed)."""
     return StaticTree(self.paths[: num_nodes - 1])

@@ -14,14 +14,15 @@ The table outlives a prompt: pass ``Generation.drafter_state`` to the next call.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jaxdec.drafting.base import Drafter
 from jaxdec.drafting.selection import top_k
+from jaxdec.drafting.source import Candidates, Source
 from jaxdec.drafting.static_tree import Path, StaticTree
 from jaxdec.errors import UserError
 
@@ -45,7 +46,7 @@ _CHILDREN: dict[Path, int] = {
   # depth 5
   (0, 0, 0, 0, 0): 2, (0, 0, 0, 1, 0): 1,
 }  # fmt: skip
-# Weight of a rank when the template is cut down. A prior, not a measurement: a step down in rank
+# Weight of a rank where nodes compete. A prior, not a measurement: a step down in rank
 # costs about what a step down in depth does. Measure and pass ``tree=greedy_tree(...)`` instead.
 _RANK_WEIGHT = (0.5, 0.2, 0.12, 0.08, 0.06, 0.05, 0.04, 0.03)
 
@@ -53,20 +54,17 @@ _RANK_WEIGHT = (0.5, 0.2, 0.12, 0.08, 0.06, 0.05, 0.04, 0.03)
 def template(num_nodes: int = 81) -> StaticTree:
   """The released tree (81 nodes, root included), or its ``num_nodes`` likeliest nodes."""
   paths = [(*path, r) for path, n in _CHILDREN.items() for r in range(n)]
-
-  def weight(path):
-    value = 1.0
-    for r in path:
-      value *= _RANK_WEIGHT[r]
-    return value
-
   # Every path weighs less than its parent, so the heaviest ones are closed under parents.
-  paths.sort(key=lambda p: (-weight(p), len(p), p))
+  paths.sort(key=lambda p: (-_weight(p), len(p), p))
   return StaticTree.from_paths(paths[: num_nodes - 1])
 
 
+def _weight(path: Path) -> float:
+  return math.prod(_RANK_WEIGHT[min(r, len(_RANK_WEIGHT) - 1)] for r in path)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenRecycling(Drafter):
+class TokenRecycling(Source):
   """Attributes:
 
   size: nodes of the sub-template, root included (16, 32, 64, 81: the whole template).
@@ -139,7 +137,20 @@ class TokenRecycling(Drafter):
     starts = jnp.minimum(jnp.arange(0, length, chunk), length - chunk)
     return jax.lax.scan(learn, table, starts)[0]
 
+  def candidates(self, params, state, context, rng):
+    """The branches of the tree; a node's weight is the product of its ranks' weights."""
+    tree, _ = self.propose(params, state, context, rng)
+    shape = self.shape
+    weight = jnp.asarray([0.0, *map(_weight, shape.paths)], jnp.float32)
+    nodes = shape.branches  # padded with the root, which is no draft
+    return Candidates(
+      tree.tokens[:, nodes],
+      tree.valid[:, nodes] & (nodes > 0),
+      jnp.broadcast_to(weight[nodes], (context.root.shape[0], *nodes.shape)),
+    )
+
   def propose(self, params, state, context, rng):
+    """What merging the candidates gives, without merging: equal siblings don't occur."""
     shape = self.shape
     tokens = context.root[:, None]
     for nodes in shape.levels:  # slots are ordered by depth: the parents are there already
