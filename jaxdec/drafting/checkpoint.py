@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxdec.drafting.base import Params, Target
+from jaxdec.drafting.base import Drafter, Params, Target
 from jaxdec.drafting.dynamic_tree import DynamicTree
 from jaxdec.drafting.kinds import KINDS
 from jaxdec.drafting.objectives import Term
 from jaxdec.drafting.ppd_tree import SparseTrees
 from jaxdec.drafting.static_tree import StaticTree
+from jaxdec.drafting.stop_early import StopEarly
 from jaxdec.drafting.trained import TrainedDrafter
 from jaxdec.drafting.vocabulary import DraftVocabulary
 from jaxdec.errors import UserError, nearest
@@ -30,6 +31,9 @@ from jaxdec.mixers import AttentionConfig, RopeConfig
 
 CONFIG_FILE, WEIGHTS_FILE = "drafter.json", "drafter.safetensors"
 _SAMPLES = 256  # entries per tensor that enter the fingerprint
+
+# What may lie in a folder: what is distilled, and what is made of one that was.
+_STORED: dict[str, type[Drafter]] = {**KINDS, StopEarly.name: StopEarly}
 
 
 def fingerprint(model: Any, params: Params) -> dict[str, Any]:
@@ -59,7 +63,7 @@ def fingerprint(model: Any, params: Params) -> dict[str, Any]:
   }
 
 
-def to_config(drafter: TrainedDrafter) -> dict[str, Any]:
+def to_config(drafter: TrainedDrafter | StopEarly) -> dict[str, Any]:
   """JSON-able description of a drafter; ``from_config`` inverts it."""
 
   def value(x):
@@ -68,13 +72,14 @@ def to_config(drafter: TrainedDrafter) -> dict[str, Any]:
     if isinstance(x, DraftVocabulary):
       return {"ids": x.ids.tolist(), "vocab_size": x.vocab_size}
     if dataclasses.is_dataclass(x):
-      return {f.name: value(getattr(x, f.name)) for f in dataclasses.fields(x)}
+      kind = {"kind": x.name} if isinstance(x, Drafter) else {}
+      return kind | {f.name: value(getattr(x, f.name)) for f in dataclasses.fields(x)}
     return [value(y) for y in x] if isinstance(x, tuple) else x
 
-  return {"kind": drafter.name, **value(drafter)}
+  return value(drafter)
 
 
-def from_config(config: Mapping[str, Any]) -> TrainedDrafter:
+def from_config(config: Mapping[str, Any]) -> TrainedDrafter | StopEarly:
   """The drafter described by ``to_config``.
 
   Raises:
@@ -82,16 +87,18 @@ def from_config(config: Mapping[str, Any]) -> TrainedDrafter:
   """
   config = dict(config)
   kind = config.pop("kind", None)
-  if kind not in KINDS:
+  if kind not in _STORED:
     raise UserError(
-      f"unknown drafter kind {kind!r}{nearest(str(kind), KINDS)}; known: {', '.join(KINDS)}"
+      f"unknown drafter kind {kind!r}{nearest(str(kind), _STORED)}; known: {', '.join(_STORED)}"
     )
-  fields = {f.name for f in dataclasses.fields(KINDS[kind])}
+  fields = {f.name for f in dataclasses.fields(_STORED[kind])}
   for name in config:
     if name not in fields:
       raise UserError(f"drafter {kind!r} has no setting {name!r}{nearest(name, fields)}")
 
   def value(name, x):
+    if name == "drafter":
+      return from_config(x)
     if name == "tree" and x is not None:
       return StaticTree.from_paths(x["paths"]) if "paths" in x else DynamicTree(**x)
     if name == "attention":
@@ -105,12 +112,12 @@ def from_config(config: Mapping[str, Any]) -> TrainedDrafter:
       return tuple(Term(**term) for term in x)
     return tuple(x) if isinstance(x, list) else x
 
-  return KINDS[kind](**{k: value(k, v) for k, v in config.items()})
+  return _STORED[kind](**{k: value(k, v) for k, v in config.items()})
 
 
 def save_drafter(
   folder: str | os.PathLike,
-  drafter: TrainedDrafter,
+  drafter: TrainedDrafter | StopEarly,
   params: Params,
   target: Target,
   extra: Mapping[str, Any] | None = None,
@@ -145,7 +152,7 @@ def save_drafter(
 
 def load_drafter(
   folder: str | os.PathLike, target: Target | None = None, *, strict: bool = True
-) -> tuple[TrainedDrafter, Params]:
+) -> tuple[TrainedDrafter | StopEarly, Params]:
   """Drafter and parameters (float32) of a folder written by ``save_drafter``.
 
   Args:
@@ -198,7 +205,7 @@ def load_drafter(
 
 
 def check_target(
-  drafter: TrainedDrafter,
+  drafter: Drafter,
   made_for: Mapping[str, Any],
   target: Target,
   where: str,

@@ -37,6 +37,8 @@ from jaxdec.errors import UserError
 class StopEarly(Drafter):
   """``drafter`` with early stopping; ``drafter_params = {"drafter": ..., "head": ...}``.
 
+  ``save_drafter`` stores it whole, so that ``generate(drafter=folder)`` stops early too.
+
   Attributes:
     drafter: drafts a chain.
     threshold: h, the predicted chance of any rejection that ends a round; 1 never stops.

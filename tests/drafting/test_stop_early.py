@@ -13,11 +13,14 @@ from toy_target import VOCAB, init, random_batch, randomized, replace, run, targ
 from universal import forced_logits, start
 
 from jaxdec.decoding import Sampler, generate
-from jaxdec.drafting.base import Context
+from jaxdec.drafting.base import Context, Target
+from jaxdec.drafting.checkpoint import from_config, load_drafter, save_drafter, to_config
 from jaxdec.drafting.eagle3 import Eagle3
 from jaxdec.drafting.static_tree import StaticTree
 from jaxdec.drafting.stop_early import StopEarly, fit_stopping, law_features, logistic
+from jaxdec.drafting.vocabulary import DraftVocabulary
 from jaxdec.errors import UserError
+from jaxdec.lm import LM
 
 
 @functools.cache
@@ -78,6 +81,27 @@ def test_threshold_by_hand():
   shortest = jax.device_get(propose(replace(drafter, threshold=0.0)))
   np.testing.assert_array_equal(shortest.valid.sum(1), 2)
   assert not shortest.tokens[:, 2:].any()  # no pass was made: its logits are zeros
+
+
+@pytest.mark.parametrize("vocabulary", [None, DraftVocabulary(range(0, VOCAB, 2), VOCAB)])
+def test_it_is_stored_whole(vocabulary, tmp_path):
+  """Drafter, head, threshold and widths come back, to the bit, where a folder is a drafter."""
+  drafter, params = stopping()
+  t = target()
+  if vocabulary is not None:
+    base = Eagle3.for_target(t.model.config, num_heads=4, vocabulary=vocabulary)
+    drafter, params = StopEarly(drafter=base), {**params, "drafter": init(base, t)}
+  drafter = replace(drafter, threshold=0.97, widths=(2, 3))
+  save_drafter(tmp_path, drafter, params, t)
+  loaded, read = LM(t.model, t.params).drafter(tmp_path)
+  assert loaded == drafter
+  assert jax.tree.structure(read) == jax.tree.structure(params)
+  jax.tree.map(np.testing.assert_array_equal, read, params)
+  other = Target(t.model, jax.tree.map(lambda x: x + 1, t.params), None)
+  with pytest.raises(UserError, match=r"stop_early drafter .* other weights"):
+    load_drafter(tmp_path, other)
+  with pytest.raises(UserError, match=r"kind 'eagle4' \(did you mean 'eagle'"):
+    from_config({**to_config(drafter), "drafter": {"kind": "eagle4"}})
 
 
 def test_logistic_regression():
