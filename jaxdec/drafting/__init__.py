@@ -38,6 +38,7 @@ from jaxdec.drafting.specdec import SpecDec
 from jaxdec.drafting.specvlm import SpecVLM
 from jaxdec.drafting.static_tree import StaticTree, expected_tokens, greedy_tree
 from jaxdec.drafting.stop_early import StopEarly
+from jaxdec.drafting.suffix import Suffix
 from jaxdec.drafting.token_recycling import TokenRecycling
 from jaxdec.drafting.trained import TrainedDrafter
 from jaxdec.drafting.tree import Tree, chain
@@ -51,6 +52,7 @@ register("early_exit", EarlyExit)
 register("del", DynamicExit)
 register("prompt_lookup", PromptLookup)
 register("token_recycling", TokenRecycling)
+register("suffix", Suffix)
 for _kind in KINDS.values():
   register(_kind.name, _kind.from_name)
 
@@ -94,6 +96,7 @@ __all__ = [
   "SpecVLM",
   "StaticTree",
   "StopEarly",
+  "Suffix",
   "Target",
   "TargetOutput",
   "Term",
