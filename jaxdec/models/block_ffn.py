@@ -24,6 +24,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdec.errors import UserError
@@ -85,21 +86,92 @@ class BlockFFN(nn.Module):
     return jax.lax.cond(fits, few, lambda weights: apply(up, down, weights), weights)
 
 
+@struct.dataclass
+class FactorState:
+  """Where ``ChunkFactor`` is: all scalars, on the device and in a run's checkpoints.
+
+  Attributes:
+    now: the factor of the next step, on the way from ``before`` to ``after``.
+    step: losses seen. earlier, recent: their sums over the last whole period and over this one.
+  """
+
+  now: Float[Array, ""]
+  before: Float[Array, ""]
+  after: Float[Array, ""]
+  step: Int[Array, ""]
+  earlier: Float[Array, ""]
+  recent: Float[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkFactor:
+  """The weight of the chunk loss over training, by what the loss does.
+
+  Constant for ``warmup`` steps; then every ``period`` steps rho = mean loss of the last period over
+  that of the one before; above 1 at least 1.025, and at most ``4 F_0 / F``; the factor moves to
+  ``rho F`` in equal steps over the next period. It shrinks as long as the loss falls.
+
+  Attributes:
+    factor: F_0. warmup, period: in steps.
+  """
+
+  factor: float = 5e-2
+  warmup: int = 1000
+  period: int = 100
+
+  def __post_init__(self):
+    if self.factor <= 0 or self.warmup < 0 or self.period < 1:
+      raise UserError(
+        "ChunkFactor needs a positive factor, warmup of at least 0 and period of at least 1, got "
+        f"{self.factor}, {self.warmup} and {self.period}"
+      )
+
+  def begin(self) -> FactorState:
+    """Before the first step."""
+    factor, zero = jnp.float32(self.factor), jnp.float32(0)
+    return FactorState(factor, factor, factor, jnp.int32(0), zero, zero)
+
+  def follow(self, state: FactorState, loss: Float[Array, ""]) -> FactorState:
+    """After a step whose chunk loss was ``loss``."""
+    step, recent = state.step + 1, state.recent + loss
+    since = step - self.warmup
+    whole = since % self.period == 0
+    rho = recent / jnp.maximum(state.earlier, 1e-12)
+    rho = jnp.where(rho > 1, jnp.maximum(rho, 1.025), rho)
+    aim = state.now * jnp.minimum(rho, 4 * self.factor / state.now)
+    turns = whole & (since >= 0) & (step >= 2 * self.period)  # two whole periods to compare
+    before, after = jnp.where(turns, state.now, state.before), jnp.where(turns, aim, state.after)
+    share = jnp.where(since >= 0, (since % self.period + 1) / self.period, 0.0)
+    return FactorState(
+      now=before + (after - before) * share,
+      before=before,
+      after=after,
+      step=step,
+      earlier=jnp.where(whole, recent, state.earlier),
+      recent=jnp.where(whole, 0.0, recent),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class SparsityLosses:
   """What a language model of BlockFFN layers is trained for besides its tokens.
 
   Attributes:
     locality: weight of the locality loss (paper: 2e-3 up to 1.2B, 1e-3 at 0.8B).
-    chunk: weight of the chunk loss where the batch brings none (``ChunkFactor`` sets it by what the
-      loss does).
+    chunk: weight of the chunk loss: a constant, or one that training follows (the paper's way;
+      outside of training its first value counts).
     chunk_length: C. sharpness: alpha.
   """
 
   locality: float = 2e-3
-  chunk: float = 5e-2
+  chunk: float | ChunkFactor = ChunkFactor()
   chunk_length: int = 64
   sharpness: float = 100.0
+
+  @property
+  def schedule(self) -> ChunkFactor | None:
+    """How the chunk loss's weight changes; None: it doesn't."""
+    return self.chunk if isinstance(self.chunk, ChunkFactor) else None
 
   def __call__(
     self,
@@ -107,18 +179,22 @@ class SparsityLosses:
     segment_ids: Int[Array, "B T"],
     chunk_factor: Any = None,
   ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """The weighted sum over layers' router logits, and metrics: both losses, ``tls``, ``cls_8``."""
+    """The weighted sum over layers' router logits, and metrics: both losses, ``tls``, ``cls_8``;
+    also ``chunk_factor``, where it is given."""
     real = segment_ids > 0
     mean = lambda f: jnp.mean(jnp.stack([f(z) for z in logits]))  # noqa: E731
     locality = mean(lambda z: activation_locality(z, segment_ids, self.sharpness))
     chunk = mean(lambda z: chunk_activation(z, real, self.chunk_length))
-    factor = self.chunk if chunk_factor is None else chunk_factor
+    first = self.chunk if self.schedule is None else self.schedule.factor
+    factor = first if chunk_factor is None else chunk_factor
     metrics = {
       "locality_loss": locality,
       "chunk_loss": chunk,
       "tls": mean(lambda z: chunk_sparsity(z, segment_ids, 1)),
       "cls_8": mean(lambda z: chunk_sparsity(z, segment_ids, 8)),
     }
+    if chunk_factor is not None:
+      metrics["chunk_factor"] = jnp.asarray(factor, jnp.float32)
     return self.locality * locality + factor * chunk, metrics
 
 
@@ -182,32 +258,3 @@ def chunk_sparsity(
   same = (segments[:, :count] == segments[:, length - 1 :]) & (segments[:, :count] > 0)
   fraction = jnp.mean(jnp.all(jnp.stack(windows), axis=0), axis=-1)
   return jnp.sum(fraction * same) / jnp.maximum(jnp.sum(same), 1)
-
-
-class ChunkFactor:
-  """The weight of the chunk loss over training, by what the loss does (host side).
-
-  Constant for ``warmup`` steps; then every ``period`` steps rho = mean loss of the last period over
-  that of the one before; above 1 at least 1.025, and at most ``4 F_0 / F``; the factor moves to
-  ``rho F`` in equal steps over the next period. It shrinks as long as the loss falls.
-  """
-
-  def __init__(self, factor: float = 5e-2, warmup: int = 1000, period: int = 100):
-    self.start = self.now = self._from = self._to = factor
-    self.warmup, self.period = warmup, period
-    self.losses: list[float] = []
-    self.step = 0
-
-  def update(self, chunk_loss: float) -> float:
-    """Tells the loss of a step; returns the factor of the next one."""
-    self.step += 1
-    self.losses = [*self.losses, float(chunk_loss)][-2 * self.period :]
-    since = self.step - self.warmup
-    if since >= 0 and since % self.period == 0 and len(self.losses) == 2 * self.period:
-      before, last = (sum(x) for x in (self.losses[: self.period], self.losses[self.period :]))
-      rho = last / max(before, 1e-12)
-      rho = max(rho, 1.025) if rho > 1 else rho
-      self._from, self._to = self.now, self.now * min(rho, 4 * self.start / self.now)
-    share = (since % self.period + 1) / self.period if since >= 0 else 0.0
-    self.now = self._from + (self._to - self._from) * share
-    return self.now

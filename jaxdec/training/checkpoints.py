@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run's checkpoints: parameters, optimizer state and the position in the data, saved as one.
 
-Layout: ``<work_dir>/checkpoints/<step>/{params, optimizer, ema, data}``, ``ema`` only where one is
-kept. A step appears under its final name only when all of it is written, so an interrupted save
-leaves the previous one untouched.
+Layout: ``<work_dir>/checkpoints/<step>/{params, optimizer, ema, memory, data}``, ``ema`` and
+``memory`` (the task's) only where there is one. A step appears under its final name only when all
+of it is written, so an interrupted save leaves the previous one untouched.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxdec.errors import UserError
 from jaxdec.models import Decoder, DecoderConfig
+from jaxdec.models.block_ffn import SparsityLosses
 from jaxdec.parallel import batch_share, make_mesh
 from jaxdec.parallel.sequence.config import SequenceConfig
 from jaxdec.training.config import TrainerConfig
@@ -39,7 +40,7 @@ class Recipe:
     eval_batches: held-out batches of each evaluation; 0: none.
     sequence: how layers compute where the mesh has several devices; None: left to XLA, which can
       partition no Pallas kernel.
-    layout, remat, dtype, param_dtype: see ``Decoder``. z_loss, loss_chunk: see
+    layout, remat, dtype, param_dtype: see ``Decoder``. z_loss, loss_chunk, sparsity: see
       ``LanguageModel``.
   """
 
@@ -57,6 +58,7 @@ class Recipe:
   param_dtype: str = "float32"
   z_loss: float = 0.0
   loss_chunk: int | None = None
+  sparsity: SparsityLosses | None = None
 
   def __post_init__(self):
     for name in ("batch_size", "seq_len"):
@@ -79,7 +81,9 @@ class Recipe:
     )
 
   def task(self) -> LanguageModel:
-    return LanguageModel(self.decoder(), z_loss=self.z_loss, loss_chunk=self.loss_chunk)
+    return LanguageModel(
+      self.decoder(), z_loss=self.z_loss, loss_chunk=self.loss_chunk, sparsity=self.sparsity
+    )
 
   def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     """What a step reads, of all processes."""

@@ -12,17 +12,20 @@ from flax import struct
 
 @struct.dataclass
 class TrainState:
-  """Everything a step changes. ``ema``: the average of ``params``, or None."""
+  """Everything a step changes. ``ema``: the average of ``params``, ``memory``: what the task
+  remembers; or None."""
 
   step: jax.Array
   params: Any
   optimizer: Any
   ema: Any = None
+  memory: Any = None
 
   def saved(self) -> dict[str, Any]:
     """What a checkpoint holds of it, by name."""
     state = {"params": self.params, "optimizer": self.optimizer}
-    return state if self.ema is None else {**state, "ema": self.ema}
+    some = {"ema": self.ema, "memory": self.memory}
+    return state | {name: tree for name, tree in some.items() if tree is not None}
 
   @property
   def evaluated(self) -> Any:

@@ -60,6 +60,20 @@ class Task:
     """
     raise NotImplementedError
 
+  @property
+  def memory(self) -> Any:
+    """What the objective remembers from step to step (a weight that follows a loss), at step 0: a
+    tree of scalars, kept in the run's checkpoints; None: nothing."""
+    return None
+
+  def recall(self, memory: Any, batch: Batch) -> Batch:
+    """The batch of a step, with what is remembered in it; leaves begin with ``[B]``. Traced."""
+    raise NotImplementedError
+
+  def remember(self, memory: Any, metrics: dict[str, Array]) -> Any:
+    """``memory`` after a step with these metrics. Traced."""
+    raise NotImplementedError
+
   def evaluate(
     self, params: Params, frozen: Params, batch: Batch, rng: jax.Array
   ) -> dict[str, Float[Array, "..."]]:

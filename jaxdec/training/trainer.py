@@ -114,7 +114,8 @@ class Trainer:
     state = jax.eval_shape(self._begin, params)
     optimizer = rules_lib.like_parameters(state.optimizer, params, params_sharding, self.mesh)
     average = None if state.ema is None else params_sharding
-    self.shardings = TrainState(self._replicated, params_sharding, optimizer, average)
+    memory = jax.tree.map(lambda _: self._replicated, state.memory)
+    self.shardings = TrainState(self._replicated, params_sharding, optimizer, average, memory)
     self.abstract = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, self.shardings
     )
@@ -123,7 +124,8 @@ class Trainer:
     """Step 0 with these parameters."""
     optimizer = self._optimizer.init(as_gradients(params, self.config.grad_dtype))
     average = None if self.config.ema is None else ema.begin(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer, average)
+    memory = getattr(self.task, "memory", None)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer, average, memory)
 
   def init_state(self) -> TrainState:
     """Step 0, made in place on the mesh."""
@@ -179,6 +181,8 @@ class Trainer:
   def step_fn(self, state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict]:
     """One optimizer step; pure, for ``jit``."""
     key = jax.random.fold_in(self._step_key, state.step)
+    if state.memory is not None:
+      batch = self.task.recall(state.memory, batch)
     loss, metrics, gradients = self._gradients(state.params, frozen, batch, key)
     health = examine(loss, gradients)
     updates, optimizer = self._optimizer.update(gradients, state.optimizer, state.params)
@@ -186,7 +190,8 @@ class Trainer:
     average = state.ema
     if average is not None:
       average = ema.follow(average, params, self.config.ema, state.step)
-    new = TrainState(state.step, params, optimizer, average)
+    memory = None if state.memory is None else self.task.remember(state.memory, metrics)
+    new = TrainState(state.step, params, optimizer, average, memory)
     new = keep_if(health.finite, new, state).replace(step=state.step + 1)
     metrics = {"loss": loss, **metrics, "grad_norm": health.grad_norm, "health": health}
     metrics["learning_rate"] = jnp.asarray(self._schedule(state.step), jnp.float32)

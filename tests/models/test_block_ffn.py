@@ -36,6 +36,7 @@ from jaxdec.models.block_ffn import (
   shares,
 )
 from jaxdec.models.families import config_from_hf, config_to_hf
+from jaxdec.training import Trainer, read_metrics
 from jaxdec.training.tasks.language_model import LanguageModel
 from tests.training import tiny
 
@@ -217,16 +218,23 @@ def test_sparsity_metrics_by_hand():
 
 def test_factor_follows_the_loss():
   def run(losses, warmup=4, period=2):
-    factor = ChunkFactor(0.05, warmup, period)
-    return [factor.update(x) for x in losses]
+    schedule = ChunkFactor(0.05, warmup, period)
+
+    def step(state, loss):
+      state = schedule.follow(state, loss)
+      return state, state.now
+
+    return jax.lax.scan(step, schedule.begin(), jnp.asarray(losses, jnp.float32))[1]
 
   falling = run([1, 1, 1, 1, 0.5, 0.5, 0.5, 0.5])
-  assert falling[:4] == [0.05] * 4
+  np.testing.assert_array_equal(falling[:4], np.float32(0.05))
   np.testing.assert_allclose(falling[4:], [0.05, 0.0375, 0.025, 0.025], rtol=1e-6)
   rising = run([1, 1, 1.001, 1.001, 1.001, 1.001])
   np.testing.assert_allclose(rising[3:5], [0.05 * 1.0125, 0.05 * 1.025], rtol=1e-6)
   bounded = run([1e-3, 1e-3, 1, 1, 1])
   np.testing.assert_allclose(bounded[4], 0.2, rtol=1e-6)
+  with pytest.raises(UserError, match="positive factor"):
+    ChunkFactor(period=0)
 
 
 # Training.
@@ -257,6 +265,55 @@ def test_task_adds_the_losses_to_the_language_model():
   with pytest.raises(UserError, match="BlockFFN layers"):
     dense = tiny.task(sparsity=losses)
     jax.eval_shape(dense.loss, jax.eval_shape(dense.init, jax.random.key(0)), {}, batch, None)
+
+
+def by_hand(losses, factor, warmup, period):
+  """Factors of the steps with these chunk losses, by the schedule's definition."""
+  out, start, end = [factor], factor, factor
+  for step in range(1, len(losses)):
+    since, now = step - warmup, out[-1]
+    if since >= 0 and since % period == 0 and step >= 2 * period:
+      before = np.mean(losses[step - 2 * period : step - period])
+      rho = np.mean(losses[step - period : step]) / before
+      rho = min(max(rho, 1.025) if rho > 1 else rho, 4 * factor / now)
+      start, end = now, rho * now
+    moved = (since % period + 1) / period if since >= 0 else 0.0
+    out.append(start + (end - start) * moved)
+  return out
+
+
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_trainer_follows_the_loss_and_resumes_to_the_bit(accumulate, tmp_path):
+  """Each step weighs by the losses before it; a run broken off between two values goes on alike."""
+
+  class Broken(tiny.Batches):
+    def __next__(self):
+      if self.index + 1 == self.broken:
+        raise OSError("disk gone")
+      return super().__next__()
+
+  schedule = ChunkFactor(5e-2, 2, 2)
+
+  def train(folder, broken=None):
+    data = Broken(rows=4)
+    data.broken = broken
+    task = LanguageModel(sparse_model(), sparsity=SparsityLosses(0.0, schedule, chunk_length=8))
+    config = tiny.config(folder, steps=9, checkpoint_every=4, accumulate=accumulate)
+    return Trainer(task, config, data=data).train().params
+
+  reference = train(tmp_path / "whole")
+  rows = list(read_metrics(tmp_path / "whole"))
+  losses, factors = ([row[name] for row in rows] for name in ("chunk_loss", "chunk_factor"))
+  np.testing.assert_allclose(factors, by_hand(losses, 5e-2, 2, 2), rtol=1e-5)
+  assert len(set(factors)) > 4
+  terms = [row["cross_entropy"] + f * row["chunk_loss"] for row, f in zip(rows, factors)]
+  np.testing.assert_allclose([row["loss"] for row in rows], terms, rtol=1e-5)
+  with pytest.raises(OSError, match="disk gone"):
+    train(tmp_path / "run", broken=7)
+  resumed = train(tmp_path / "run")
+  jax.tree.map(np.testing.assert_array_equal, resumed, reference)
+  again = [row["chunk_factor"] for row in read_metrics(tmp_path / "run")]
+  assert again == factors
 
 
 @pytest.mark.slow

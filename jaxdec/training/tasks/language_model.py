@@ -67,8 +67,9 @@ class LanguageModel(Task):
     z_loss: weight of ``logsumexp(logits)^2``, which keeps the logits from drifting (PaLM,
       arXiv 2204.02311, section 5); 0 for none.
     token_bytes: bytes each token id stands for, ``[V]``; given, evaluation reports bits per byte.
-    sparsity: losses on the routers of BlockFFN layers (``jaxdec.models.block_ffn``); a batch may
-      bring the weight of the chunk loss as ``chunk_factor`` (any shape, all entries equal).
+    sparsity: losses on the routers of BlockFFN layers (``jaxdec.models.block_ffn``). A weight of
+      the chunk loss that follows that loss is the task's ``memory``; a batch brings it as
+      ``chunk_factor`` (any shape, all entries equal).
     layer_skip: train early exits too, with layer dropout (``tasks.layer_skip``).
     loss_chunk: tokens of a row whose logits exist at a time, on each device; None: of all tokens,
       which takes a third fewer products with the head and ``4 B T V`` bytes.
@@ -84,6 +85,18 @@ class LanguageModel(Task):
   def init(self, rng):
     whole = self.model.clone(sequence=None)  # eight tokens don't divide over every mesh
     return whole.init(rng, jnp.zeros((1, 8), jnp.int32))["params"]
+
+  @property
+  def memory(self):
+    schedule = None if self.sparsity is None else self.sparsity.schedule
+    return None if schedule is None else schedule.begin()
+
+  def recall(self, memory, batch):
+    rows = batch["tokens"].shape[:1]  # one each: a batch may be taken apart by rows
+    return {**batch, "chunk_factor": jnp.broadcast_to(memory.now, rows)}
+
+  def remember(self, memory, metrics):
+    return self.sparsity.schedule.follow(memory, metrics["chunk_loss"])
 
   def loss(self, params, frozen, batch, rng):
     del frozen
