@@ -27,7 +27,10 @@ from jaxdec.models.prefill import read_prompt
 
 @struct.dataclass
 class Carry:
-  """What changes while decoding. ``counts[b, i]``: tokens row b emitted in step i (0 once done)."""
+  """What changes while decoding.
+
+  ``counts[b, i]``: tokens row b emitted in step i, modulo the buffer's width (0 once done).
+  """
 
   state: DecoderState
   draft: Any
@@ -36,7 +39,7 @@ class Carry:
   length: Int[Array, "B"]
   done: Bool[Array, "B"]
   steps: Int[Array, ""]
-  counts: Int[Array, "B S"]
+  counts: Int[Array, "B W"]
 
 
 @struct.dataclass
@@ -45,7 +48,7 @@ class Request:
 
   keys: Key[Array, "B"]
   limit: Int[Array, "B"]  # length at which the row is done
-  stop: Int[Array, "J"]  # stop ids, padded with -1
+  stop: Int[Array, "J"] | Int[Array, "B J"]  # stop ids, of all rows or by row, padded with -1
 
 
 def _prefill(
@@ -133,16 +136,23 @@ def _decode(
 ) -> Carry:
   """Steps until all rows are done or ``carry.steps`` is ``until``; ``stopped`` rows are done."""
 
+  carry = carry.replace(done=carry.done | stopped)
+
+  def go_on(c):
+    return (c.steps < until) & ~jnp.all(c.done)
+
+  return passes(carry, params, draft_params, request, go_on, model, drafter, sampler, rule)
+
+
+def passes(carry, params, draft_params, request, go_on, model, drafter, sampler, rule) -> Carry:
+  """Verify passes for as long as ``go_on(carry)``; plain ones where there is nothing to verify."""
+
   def repeat(step, c, wanted=lambda c: True):
     def body(c):
       return step(c, params, draft_params, request, model, drafter, sampler, rule)
 
-    def go_on(c):
-      return (c.steps < until) & ~jnp.all(c.done) & wanted(c)
+    return jax.lax.while_loop(lambda c: go_on(c) & wanted(c), body, c)
 
-    return jax.lax.while_loop(go_on, body, c)
-
-  carry = carry.replace(done=carry.done | stopped)
   if drafter is None:
     return repeat(plain_step, carry)
   if not drafter.may_pass:
@@ -157,7 +167,7 @@ def _decode(
     c = repeat(plain_step, c, lambda c: ~drafts(c))
     return repeat(draft_step, c, drafts)
 
-  return jax.lax.while_loop(lambda c: (c.steps < until) & ~jnp.all(c.done), turn, carry)
+  return jax.lax.while_loop(go_on, turn, carry)
 
 
 def plain_step(c: Carry, params, draft_params, request, model, drafter, sampler, rule) -> Carry:
@@ -221,7 +231,8 @@ def cut(c: Carry, request: Request, tokens: Int[Array, "B P"], count: Int[Array,
   """
   count = jnp.minimum(count, request.limit - c.length)
   index = jnp.arange(tokens.shape[1])
-  is_stop = jnp.any(tokens[:, :, None] == request.stop, axis=-1) & (index < count[:, None])
+  stop = jnp.atleast_2d(request.stop)[:, None]
+  is_stop = jnp.any(tokens[:, :, None] == stop, axis=-1) & (index < count[:, None])
   first = jnp.min(jnp.where(is_stop, index, tokens.shape[1]), axis=1)
   hit = first < tokens.shape[1]
   count = jnp.where(c.done, 0, jnp.where(hit, first + 1, count)).astype(jnp.int32)
@@ -239,7 +250,7 @@ def advance(c: Carry, state, draft, tokens, count, done) -> Carry:
     length=c.length + count,
     done=done,
     steps=c.steps + 1,
-    counts=jax.lax.dynamic_update_slice(c.counts, count[:, None], (0, c.steps)),
+    counts=jax.lax.dynamic_update_slice(c.counts, count[:, None], (0, c.steps % c.counts.shape[1])),
   )
 
 

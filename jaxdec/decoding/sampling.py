@@ -15,6 +15,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from jaxdec.drafting.selection import argmax
@@ -63,16 +64,16 @@ class Sampler:
     z = logits.astype(jnp.float32)
     if self.greedy:
       return jnp.where(jnp.arange(z.shape[-1]) == argmax(z)[..., None], 0.0, -jnp.inf)
-    z = z / self.temperature
+    # A product with the rounded inverse, which is how a compiler divides by a constant anyway: so
+    # that temperatures given as data (``RowSampler``) round alike.
+    z = z * inverse(self.temperature)
     z = z - jnp.max(z, axis=-1, keepdims=True)
     if self.top_k is not None and self.top_k < z.shape[-1]:
-      # exp keeps the order but may merge far-away values: count on the logits, as bits of -z >= 0.
-      z = jnp.where(-z <= _smallest(-z, jnp.ones_like(z), float(self.top_k)), z, -jnp.inf)
+      z = keep_top_k(z, float(self.top_k))
     if self.top_p is not None and self.top_p < 1:
-      p = jax.nn.softmax(z, axis=-1)
-      z = jnp.where(-z <= _smallest(-z, p, self.top_p), z, -jnp.inf)
+      z = keep_top_p(z, self.top_p)
     if self.min_p:
-      z = jnp.where(z >= jnp.log(jnp.float32(self.min_p)), z, -jnp.inf)
+      z = jnp.where(z >= np.log(np.float32(self.min_p)), z, -jnp.inf)
     return z
 
   def log_probs(self, logits: Float[Array, "... V"]) -> Float[Array, "... V"]:
@@ -138,8 +139,24 @@ def gumbel(keys: Key[Array, "*B"], size: int) -> Float[Array, "*B V"]:
   return draw(keys)
 
 
+def inverse(temperature: float) -> np.float32:
+  """``1 / temperature``, rounded once."""
+  return np.float32(1) / np.float32(temperature)
+
+
+def keep_top_k(z: Float[Array, "... V"], k: float | Float[Array, "... 1"]) -> Float[Array, "... V"]:
+  """``z <= 0`` with -inf below the k-th largest; k = inf keeps all."""
+  # exp keeps the order but may merge far-away values: count on the logits, as bits of -z >= 0.
+  return jnp.where(-z <= _smallest(-z, jnp.ones_like(z), k), z, -jnp.inf)
+
+
+def keep_top_p(z: Float[Array, "... V"], p: float | Float[Array, "... 1"]) -> Float[Array, "... V"]:
+  """``z <= 0`` with -inf outside the fewest whose mass reaches p; p = inf keeps all."""
+  return jnp.where(-z <= _smallest(-z, jax.nn.softmax(z, axis=-1), p), z, -jnp.inf)
+
+
 def _smallest(
-  cost: Float[Array, "... V"], weight: Float[Array, "... V"], mass: float
+  cost: Float[Array, "... V"], weight: Float[Array, "... V"], mass: float | Float[Array, "... 1"]
 ) -> Float[Array, "... 1"]:
   """The least t >= 0 for which the tokens of ``cost <= t`` weigh at least ``mass``; costs are >= 0.
 
@@ -155,7 +172,11 @@ def _smallest(
     low, high = bounds
     middle = low + (high - low) // 2
     enough = jnp.sum(jnp.where(bits <= middle, weight, 0.0), -1, keepdims=True) >= mass
-    return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+    # Not beyond +inf, whose next bits are a NaN's.
+    return (
+      jnp.where(enough, low, jnp.minimum(middle + 1, high)),
+      jnp.where(enough, middle, high),
+    )
 
   low, _ = jax.lax.fori_loop(0, 31, halve, (low, high))
   return jax.lax.bitcast_convert_type(low, jnp.float32)

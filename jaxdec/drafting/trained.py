@@ -225,7 +225,7 @@ class TrainedDrafter(Drafter):
     return tree, state
 
   def _noise(self, context: Context) -> Callable[[Array, int], Array] | None:
-    if not self.coupled or context.sampler is None or context.sampler.temperature == 0:
+    if not self.coupled or context.sampler is None or context.sampler.greedy:
       return None
 
     def perturb(logits, level):
