@@ -116,7 +116,7 @@ def generate_stream(
     sampler: the law of the next token; greedy by default.
     drafter: None, a registered name, or a ``Drafter``; with ``drafter_params`` where it has any.
     drafter_state: ``Generation.drafter_state`` of an earlier call with the same drafter.
-    rule: "match", "ratio", "typical_lossy", or a ``Rule``.
+    rule: a name in ``jaxdec.decoding.RULES``, or a ``Rule``.
     stop: ``...`` the model's EOS ids; None never stops early; ids and strings are added to the
       EOS ids.
     seed: an integer (row i draws from ``fold_in(key(seed), i)``) or one integer per row (each row

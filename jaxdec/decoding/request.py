@@ -188,12 +188,25 @@ def _check_drafter(drafter, params, config, rule, sampler) -> None:
       f"drafter {drafter.name!r} has no parameters; pass drafter_params=... or the folder of "
       "a distilled run"
     )
-  if (
-    rule.needs_draft_probs
-    and not sampler.greedy
-    and not getattr(drafter, "gives_draft_probs", False)
-  ):
+  if not sampler.greedy:
+    _check_rule(drafter, rule)
+
+
+def _check_rule(drafter, rule) -> None:
+  sampled = getattr(drafter, "gives_draft_probs", False)
+  if rule.needs_draft_probs and not sampled:
+    hint = "draws='sampled', or " if hasattr(drafter, "draws") else ""
     raise UserError(
       f"rule {rule.name!r} needs drafts sampled from a known law, which drafter "
-      f"{drafter.name!r} does not give; use rule='match', exact for every drafter"
+      f"{drafter.name!r} does not give; use {hint}rule='match', exact for every drafter"
+    )
+  if rule.chains_only and drafter.max_depth != drafter.num_nodes - 1:
+    raise UserError(
+      f"rule {rule.name!r} judges chains, and drafter {drafter.name!r} drafts trees; use "
+      "rule='without_replacement', 'multi_round' or 'match', as its siblings are made"
+    )
+  if not rule.distinct_siblings and getattr(drafter, "distinct_siblings", False):
+    raise UserError(
+      f"rule {rule.name!r} judges siblings drawn independently, and drafter {drafter.name!r} draws "
+      "them without replacement; use rule='without_replacement'"
     )

@@ -25,8 +25,9 @@ class Tree:
     depth: distance from the root.
     valid: True for the root and for nodes that may be accepted.
     max_depth: static bound on ``depth`` (D).
-    draft_probs: for *sampled* chains, the law q each node was drawn from, ``[B,M,V]`` (row i is the
-      law of node i; row 0 unused); None when the children are a fixed set. Rule ``ratio`` needs it.
+    draft_probs: for *sampled* drafts, the law q each node was drawn from, ``[B,M,V]`` (row i is the
+      law of node i, before its earlier siblings were taken out; row 0 unused); None when the
+      children are a fixed set. Siblings come in the order they were drawn in, by ascending node id.
   """
 
   tokens: Int[Array, "B M"]

@@ -12,7 +12,14 @@ import pytest
 
 from jaxdec.decoding import verify
 from jaxdec.decoding.sampling import Sampler, gumbel, position_keys, request_keys
-from jaxdec.decoding.verify import Match, Ratio, TypicalLossy, get_rule, match_whole_tree
+from jaxdec.decoding.verify import (
+  Match,
+  Ratio,
+  TypicalLossy,
+  get_rule,
+  match_whole_tree,
+  rejection,
+)
 from jaxdec.drafting.selection import argmax
 from jaxdec.drafting.static_tree import StaticTree
 from jaxdec.drafting.tree import chain
@@ -247,7 +254,7 @@ def test_disjoint_drafts_are_never_accepted_and_the_law_survives():
 
 
 def test_zero_probability_is_rejected_even_at_u_equal_zero(monkeypatch):
-  monkeypatch.setattr(verify, "_uniform", lambda keys: jnp.zeros(keys.shape))
+  monkeypatch.setattr(rejection, "_uniform", lambda keys, k: jnp.zeros(keys.shape))
   p = jnp.asarray([[[0.0, -jnp.inf, 0.0], [0.0, 0.0, 0.0]]])
   tree = chain(jnp.asarray([0]), jnp.asarray([[1]]), draft_probs=jnp.asarray([[[0.0, 1.0, 0.0]]]))
   assert Ratio()(tree, p, PLAIN, request_keys(0, 1), jnp.asarray([0])).count.tolist() == [1]
