@@ -13,6 +13,10 @@ same rule: depth i is learned on a group of its own, in which ``T_1 .. T_{i-1}``
 
 Decided here: ``l_i = floor(3 L / 4) + (i - 1) max(1, floor(L / 32))``, the last layer at most; the
 loss is KL from the target's law on the text.
+
+With ``linked = False`` pseudo states don't see each other. What that costs depends on the target:
+the small ones of the tests lose nothing at any depth, since p_1 .. p_{i-1} are linear functions of
+a state that p_i is one of, too.
 """
 
 from __future__ import annotations
@@ -39,6 +43,7 @@ class HiddenTransfer(ProbeDrafter):
   Attributes:
     num_heads: K. layers: l_1 .. l_K, the layers whose inputs the maps read and feed.
     stage: the one map that learns; None: all, each from its own depth.
+    linked: does p_i see p_1 .. p_{i-1}? False: the ablation.
   """
 
   name: ClassVar[str] = "hidden_transfer"
@@ -46,6 +51,7 @@ class HiddenTransfer(ProbeDrafter):
   num_heads: int = 3
   layers: tuple[int, ...]
   stage: int | None = None
+  linked: bool = True
   objective: Objective = "kl"
 
   def __post_init__(self):

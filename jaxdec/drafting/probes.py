@@ -44,15 +44,19 @@ class Probes:
     offset: 1..K. Rows are ordered by it.
     member: rows of one anchor and one member form a group; a group has one row of each offset.
     counts: how many rows have offset 1, 2, ..., K, where that is known at trace time.
+    linked: a row sees those of smaller offsets of its group; False: none but itself.
   """
 
   anchor: Int[Array, "B R"]
   offset: Int[Array, "B R"]
   member: Int[Array, "B R"]
   counts: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)
+  linked: bool = struct.field(pytree_node=False, default=True)
 
   @classmethod
-  def hang(cls, anchors: Int[Array, "B A"], layout: tuple[tuple[int, int], ...]) -> Probes:
+  def hang(
+    cls, anchors: Int[Array, "B A"], layout: tuple[tuple[int, int], ...], linked: bool = True
+  ) -> Probes:
     """Behind each of A anchors a row for each ``(offset, member)`` of the layout, which ascends."""
     batch, count = anchors.shape
     offset, member = np.repeat(np.array(layout, np.int32).reshape(-1, 2).T, count, axis=1)
@@ -62,6 +66,7 @@ class Probes:
       jnp.broadcast_to(offset, (batch, offset.size)),
       jnp.broadcast_to(member, (batch, member.size)),
       counts,
+      linked,
     )
 
   def extend(self, nodes: Topology) -> Topology:
@@ -75,7 +80,8 @@ class Probes:
       return x[:, :, None] == x[:, None, :]
 
     group = equal(self.anchor) & equal(self.member)
-    group = group & (self.offset[:, :, None] >= self.offset[:, None, :])
+    order = jnp.greater_equal if self.linked else jnp.equal
+    group = group & order(self.offset[:, :, None], self.offset[:, None, :])
     below = jnp.zeros((*nodes.ancestors.shape[:2], self.anchor.shape[1]), bool)
     ancestors = jnp.concatenate(
       [
@@ -114,6 +120,7 @@ class ProbeDrafter(TrainedDrafter):
   """
 
   share_head: ClassVar[bool] = True  # all logits are the target's own
+  linked = True  # see Probes; a field where a drafter lets one choose
 
   anchors: int | None = 64
 
@@ -200,7 +207,7 @@ class ProbeDrafter(TrainedDrafter):
     """What hangs in a tree: here a whole layout behind every node."""
     batch, m = tree.tokens.shape
     anchors = jnp.broadcast_to(jnp.arange(m, dtype=jnp.int32), (batch, m))
-    return Probes.hang(anchors, self.layout())
+    return Probes.hang(anchors, self.layout(), self.linked)
 
   def propose(self, params, state, context: Context, rng):
     tree, state = super().propose(params, state, context, rng)
@@ -226,7 +233,7 @@ class ProbeDrafter(TrainedDrafter):
 
   def start(self, params, state, prompt, output, target: Target):
     batch = prompt.root.shape[0]
-    probes = Probes.hang(jnp.full((batch, 1), BEFORE, jnp.int32), self.layout())
+    probes = Probes.hang(jnp.full((batch, 1), BEFORE, jnp.int32), self.layout(), self.linked)
     at = 0 if output.hidden.shape[1] == 1 else prompt.lengths - 1
     before = tuple(x[jnp.arange(batch), at] for x in output.features)
     # The root's row is not needed, but a pass of no nodes is nothing that mixers know.
@@ -272,7 +279,7 @@ class ProbeDrafter(TrainedDrafter):
     layout = self.training_layout()
     out = self.run(
       params, model, target_params, model.init_state(batch["tokens"].shape[0], 1),
-      batch["tokens"], text_topology(batch), Probes.hang(slots, layout),
+      batch["tokens"], text_topology(batch), Probes.hang(slots, layout, self.linked),
     )  # fmt: skip
     hidden = out.hidden[:, batch["tokens"].shape[1] :].reshape(
       slots.shape[0], len(layout), slots.shape[1], -1

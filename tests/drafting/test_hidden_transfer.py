@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lookahead import accuracy, counting, counting_target
 from probing import Probing, started
-from toy_target import VOCAB, init, random_batch, randomized, run, target
+from toy_target import VOCAB, init, random_batch, randomized, run, target, train
 
 from jaxdec.drafting.hidden_transfer import HiddenTransfer
 from jaxdec.errors import UserError
@@ -98,9 +99,11 @@ def test_each_map_learns_from_its_own_depth_alone():
         assert not np.any(alone[f"map_{j}"])
 
 
-def test_pseudo_states_see_the_ones_before_them():
+@pytest.mark.parametrize("linked", [True, False])
+def test_pseudo_states_see_the_ones_before_them(linked):
+  """The ablation: each on its own, where the first is what it is with the link."""
   t = target()
-  drafter = transfer(t)
+  drafter = transfer(t, linked=linked)
   batch = random_batch(2, rows=1, length=10)
   params = randomized(init(drafter, t), scale=0.2)
 
@@ -113,7 +116,30 @@ def test_pseudo_states_see_the_ones_before_them():
     after = forced({**params, f"map_{i}": -params[f"map_{i}"]})
     for (offset, member), hidden in before.items():
       changed = np.max(np.abs(hidden - after[offset, member]), axis=(0, 2))
-      assert np.all(changed > 1e-4) if offset >= i else not np.any(changed)
+      sees = offset >= i if linked else offset == i
+      assert np.all(changed > 1e-4) if sees else not np.any(changed)
+  if not linked:
+    other = jax.jit(lambda p: transfer(t).forced(p, t, batch, jnp.arange(6)[None]))(params)
+    np.testing.assert_allclose(before[1, 0], other[1, 0], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_without_the_link_decoding_is_training_too():
+  check = TestHiddenTransfer()
+  drafter = transfer(target(), linked=False)
+  params = check.params(drafter)
+  check.check_parity(drafter, target(), params)
+  check.check_state(drafter, target(), params)
+
+
+@pytest.mark.slow
+def test_maps_learn_to_look_ahead():
+  """From a start that is never right, on texts that count."""
+  t = counting_target(hidden=0.3)
+  drafter = transfer(t, layers=(1, 1, 1))
+  assert np.max(accuracy(drafter, init(drafter, t), t)) <= 0.1
+  learned, _ = train(drafter, t, counting, 150, 1e-2)
+  assert np.all(accuracy(drafter, learned, t) >= 0.9)
 
 
 def test_lower_layers_never_compute_pseudo_states():

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lookahead import BLANK, accuracy, counting, counting_target
 from probing import Probing, hybrid
-from toy_target import VOCAB, batch_of, init, random_batch, randomized, run, target
+from toy_target import VOCAB, batch_of, init, random_batch, randomized, run, target, train
 from universal import SAMPLERS, plain
 
 from jaxdec.decoding import generate
@@ -21,6 +22,7 @@ from jaxdec.drafting.checkpoint import from_config, to_config
 from jaxdec.drafting.ppd import PPD, measured_latency
 from jaxdec.drafting.ppd_tree import PromptTree, SparseTrees, choose_rows, stationary, transitions
 from jaxdec.drafting.static_tree import StaticTree
+from jaxdec.drafting.trained import embed
 from jaxdec.errors import UserError
 from jaxdec.models.decoder import stack_layers
 from pallas_kernels.testing import COMPILE_ONCE
@@ -32,7 +34,7 @@ class TestPPD(Probing):
   kind = PPD
   options = {"anchors": None, "ensemble": 2}  # noqa: RUF012
   steps, learning_rate = 100, 3e-2
-  reached = 0.15  # no prompt makes a random target look far ahead
+  reached = 0.15  # no prompt makes a random target look far ahead; what they can do: see below
 
 
 def ppd(t, **options):
@@ -112,6 +114,49 @@ def test_scanned_targets_and_recomputation_give_the_same():
   assert np.max(np.abs(expected)) > 1e-4
   for other in (scanned, again):
     np.testing.assert_allclose(gradient(other), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_gradient_is_that_of_finite_differences():
+  """Along each prompt's own gradient, where the slope is its length."""
+  t = target()
+  drafter = ppd(t, num_heads=3)
+  params = randomized(init(drafter, t))
+  batch = random_batch(2, rows=2, length=9)
+  output = run(t, batch)
+
+  @functools.partial(jax.jit, compiler_options=COMPILE_ONCE)
+  def loss_and_gradient(prompts):
+    return jax.value_and_grad(lambda p: drafter.loss({"prompts": p}, t, output, batch)[0])(prompts)
+
+  gradient = np.asarray(loss_and_gradient(params["prompts"])[1])
+  for i in range(3):
+    along = np.zeros_like(gradient)
+    along[i] = gradient[i] / np.linalg.norm(gradient[i])
+    up, down = (loss_and_gradient(params["prompts"] + e * along)[0] for e in (5e-3, -5e-3))
+    slope = np.linalg.norm(gradient[i])
+    assert slope > 1e-3
+    np.testing.assert_allclose((up - down) / 1e-2, slope, rtol=2e-2, err_msg=f"prompt {i + 1}")
+
+
+@pytest.mark.slow
+def test_prompts_find_what_makes_the_target_look_ahead():
+  """As good as an embedding known to work; random and mean ones are not, nor any where none can."""
+  t = counting_target(hidden=0.3)
+  drafter = ppd(t)
+  start = init(drafter, t)
+  table = embed(t, jnp.arange(VOCAB), "float32")
+
+  def all_prompts(x):
+    return {"prompts": jnp.broadcast_to(x, start["prompts"].shape)}
+
+  assert np.all(accuracy(drafter, all_prompts(table[BLANK]), t) >= 0.95)
+  untrained = accuracy(drafter, start, t), accuracy(drafter, all_prompts(table.mean(0)), t)
+  assert np.max(untrained) <= 0.5
+  learned, _ = train(drafter, t, counting, 150, 1e-1)
+  assert np.all(accuracy(drafter, learned, t) >= 0.95)
+  # A target that never had to look ahead can't be made to.
+  blind = counting_target(hidden=0.0)
+  assert np.max(accuracy(drafter, train(drafter, blind, counting, 150, 1e-1)[0], blind)) <= 0.5
 
 
 def test_slots_are_drawn_among_those_that_may_be_learned():
