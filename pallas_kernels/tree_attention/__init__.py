@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from pallas_kernels import _checks
 from pallas_kernels._dispatch import Op
 from pallas_kernels.tree_attention._common import (
+  Levels,
   TPUConfig,
   XLAConfig,
   combine,
@@ -49,7 +50,7 @@ def tree_attention(
   logit_cap: float | None = None,
   depth: jax.Array | None = None,
   cache_layout: str = "BSKH",
-  prefix: tuple[jax.Array, jax.Array] | None = None,
+  prefix: tuple[jax.Array, jax.Array] | Levels | None = None,
   return_lse: bool = False,
   implementation: str | Sequence[str] = "auto",
   config: Any = None,
@@ -63,10 +64,11 @@ def tree_attention(
   over in every implementation: they must hold finite numbers.
 
   One new token a row (plain decoding) is M = 1 with ``ancestors`` all true; a chunk of a prompt is
-  a chain, ``ancestors = tril``. ``prefix`` are keys and values that all rows of the batch share and
-  that precede their caches: they meet the queries of all rows in ONE attention (their positions are
-  ``0 .. P-1``, the cache's ``P ..``), merged by log-sum-exp. Gradients, of ``lse`` too, by
-  recomputation.
+  a chain, ``ancestors = tril``. ``prefix`` are keys and values that rows share and that precede
+  their caches: they meet the queries of all their rows in ONE attention (their positions are
+  ``0 .. P-1``, the cache's ``P ..``), merged by log-sum-exp. Prefixes may branch: then they are
+  levels, coarse to fine, whose groups serve equal numbers of consecutive rows. Gradients, of
+  ``lse`` too, by recomputation.
 
   Args:
     q: ``[B,M,N,H]``.
@@ -78,7 +80,9 @@ def tree_attention(
     ancestors: bool ``[B,M,M]``, self included, or its words (``pack_ancestors``).
     scale: None: ``H**-0.5``. window: positions seen, itself included. logit_cap: ``c tanh(x/c)``.
     depth: int ``[B,M]``; None: the number of proper ancestors. Only a window needs it.
-    prefix: ``([P,K,H], [P,K,Hv])``.
+    prefix: ``([P,K,H], [P,K,Hv])``, which all rows share; or any number of levels, each
+      ``(k [G,P,K,H], v [G,P,K,Hv], length int [G])`` in the cache's layout, where G divides B and
+      group g serves the rows ``g B/G .. (g+1) B/G - 1``.
     return_lse: also return the log-sum-exp of the logits.
     implementation, config: see ``pallas_kernels``; ``XLAConfig`` or ``TPUConfig``.
 
@@ -90,7 +94,7 @@ def tree_attention(
     NotImplementedError: the named implementation can't run this call.
 
   Source: "SpecInfer" (arXiv 2305.09781, section 4.2, tree attention); the shared prefix is
-  "Hydragen" (arXiv 2402.05099, section 3.1).
+  "Hydragen" (arXiv 2402.05099, sections 3.1 and 3.3).
 
   >>> import jax, jax.numpy as jnp
   >>> q = jnp.ones((1, 3, 4, 8)); kv = jnp.ones((1, 3, 2, 8)); cache = jnp.ones((1, 16, 2, 8))
@@ -107,7 +111,9 @@ def tree_attention(
   if logit_cap is not None and logit_cap <= 0:
     raise ValueError(f"{name}: logit_cap is positive, got {logit_cap}; None for no cap.")
   cache = "B S K" if cache_layout == "BSKH" else "B K S"
-  k_prefix, v_prefix = prefix if prefix is not None else (None, None)
+  prefix = prefix or ()
+  shared = len(prefix) == 2 and all(hasattr(x, "shape") for x in prefix)
+  k_prefix, v_prefix = prefix if shared else (None, None)
   sizes = _checks.shapes(
     name,
     q=(q, "B M N H"),
@@ -120,6 +126,11 @@ def tree_attention(
     k_prefix=(k_prefix, "P K H"),
     v_prefix=(v_prefix, "P K V"),
   )
+  if shared:
+    k, v = (jnp.swapaxes(x, 0, 1)[None] for x in prefix)
+    levels = ((k, v, jnp.full(1, k.shape[2], jnp.int32)),)
+  else:
+    levels = tuple(_level(name, sizes, cache_layout, i, *level) for i, level in enumerate(prefix))
   if sizes["K"] == 0 or sizes["N"] % sizes["K"]:
     raise ValueError(
       f"{name}: q has N={sizes['N']} heads, which is no multiple of the caches' K={sizes['K']}; "
@@ -148,7 +159,7 @@ def tree_attention(
     position = length[:, None] + depth
     ancestors = ancestors & (depth[:, :, None] - depth[:, None, :] < window)
   out, lse = _OP(
-    q, k_cache, v_cache, length, k_nodes, v_nodes, ancestors, position, prefix,
+    q, k_cache, v_cache, length, k_nodes, v_nodes, ancestors, position, levels,
     scale=_checks.scale_of(scale, sizes["H"]),
     window=window,
     logit_cap=logit_cap,
@@ -157,3 +168,24 @@ def tree_attention(
     config=config,
   )  # fmt: skip
   return (out, lse) if return_lse else out
+
+
+def _level(name, sizes, layout, i, k, v, length):
+  """One level of prefixes, checked, heads first."""
+  slots = "G P {K}" if layout == "BSKH" else "G {K} P"
+  got = _checks.shapes(
+    name,
+    **{
+      f"prefix[{i}].k": (k, f"{slots.format(**sizes)} {sizes['H']}"),
+      f"prefix[{i}].v": (v, f"{slots.format(**sizes)} {sizes['V']}"),
+      f"prefix[{i}].length": (length, "G"),
+    },
+  )
+  if not got["G"] or sizes["B"] % got["G"]:
+    raise ValueError(
+      f"{name}: prefix[{i}] has G={got['G']} groups, which doesn't divide the B={sizes['B']} rows; "
+      "every group serves equally many."
+    )
+  if layout == "BSKH":
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+  return k, v, length.astype(jnp.int32)

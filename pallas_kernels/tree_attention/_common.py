@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 WORD = 32  # ancestors in one word
+Levels = tuple[tuple[jax.Array, jax.Array, jax.Array], ...]  # keys and values, heads first; lengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,27 +110,26 @@ def with_prefix(
   attend: Callable[..., tuple[jax.Array, jax.Array]],
   q: jax.Array,
   own: tuple[jax.Array, jax.Array],
-  prefix: tuple[jax.Array, jax.Array],
+  levels: Levels,
   position: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Adds a prefix that every row shares: one attention of B*M rows, merged with the rows' ``own``.
+  """Adds prefixes that rows share, level by level, to what each row has seen for itself.
 
+  One attention a level, in which each group is a row: B / G * M queries meet its keys at once.
   ``attend(q, k, v, length, position)`` attends to a heads-first cache alone.
   """
   b, m, n, h = q.shape
-  k, v = prefix  # [P,K,H], [P,K,Hv]
-  size = k.shape[0]
-  if position is not None:
-    position = (position + size).reshape(1, b * m)
-  out, lse = attend(
-    q.reshape(1, b * m, n, h),
-    jnp.swapaxes(k, 0, 1)[None],
-    jnp.swapaxes(v, 0, 1)[None],
-    jnp.full(1, size, jnp.int32),
-    position,
-  )
-  lse = lse.reshape(n, b, m).swapaxes(0, 1)
-  return combine(*own, out.reshape(b, m, n, -1), lse)
+  for k, v, length in reversed(levels):  # [G,K,P,H], [G,K,P,Hv], [G]
+    groups = k.shape[0]
+    if position is not None:  # from the start of this level on
+      position = position + jnp.repeat(length, b // groups)[:, None]
+    out, lse = attend(
+      q.reshape(groups, -1, n, h), k, v, length,
+      None if position is None else position.reshape(groups, -1),
+    )  # fmt: skip
+    lse = lse.reshape(groups, n, -1, m).swapaxes(1, 2).reshape(b, n, m)
+    own = combine(*own, out.reshape(b, m, n, -1), lse)
+  return own
 
 
 def fold(x: jax.Array, kv_heads: int) -> jax.Array:

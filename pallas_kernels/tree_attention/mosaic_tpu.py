@@ -60,8 +60,6 @@ def tree_attention(
     k_cache, v_cache = k_cache.swapaxes(1, 2), v_cache.swapaxes(1, 2)
   words = ancestors if ancestors.dtype == jnp.uint32 else pack_ancestors(ancestors)
   own = attend(rules, q, k_cache, v_cache, length, k_nodes, v_nodes, words, position)
-  if prefix is None:
-    return own
 
   def alone(q, k, v, length, position):
     return attend(rules, q, k, v, length, None, None, None, position)

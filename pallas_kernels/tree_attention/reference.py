@@ -25,13 +25,15 @@ def tree_attention(
   if window is not None:
     cached &= position[:, :, None] - jnp.arange(slots) < window
   seen = [cached, boolean(ancestors)]
-  if prefix is not None:
-    size = prefix[0].shape[0]
-    keys.insert(0, jnp.broadcast_to(prefix[0], (b, *prefix[0].shape)))
-    values.insert(0, jnp.broadcast_to(prefix[1], (b, *prefix[1].shape)))
-    before = jnp.ones((b, m, size), bool)
+  for *kv, fill in reversed(prefix):
+    k, v, fill = (jnp.repeat(x, b // fill.shape[0], axis=0) for x in (*kv, fill))
+    keys.insert(0, k.swapaxes(1, 2))
+    values.insert(0, v.swapaxes(1, 2))
+    slots = jnp.arange(k.shape[2])
+    before = jnp.broadcast_to(slots < fill[:, None, None], (b, m, slots.size))
     if window is not None:
-      before = size + position[:, :, None] - jnp.arange(size) < window
+      position = position + fill[:, None]
+      before &= position[:, :, None] - slots < window
     seen.insert(0, before)
   k, v = (jnp.concatenate([x.astype(wide) for x in xs], axis=1) for xs in (keys, values))
   k, v = (jnp.repeat(x, n // x.shape[2], axis=2) for x in (k, v))  # [B,P+S+M,N,H]

@@ -62,11 +62,9 @@ def tree_attention(
   fixed = rules(rows, k_cache.shape[2])
   among = boolean(ancestors)
   own = attend(fixed, q, k_cache, v_cache, length, k_nodes, v_nodes, among, position)
-  if prefix is None:
-    return own
-  fixed = rules(rows, prefix[0].shape[0])
 
   def alone(q, k, v, length, position):
+    fixed = rules(rows, k.shape[2])
     return attend(fixed, q, k, v, length, None, None, None, position)
 
   return with_prefix(alone, q, own, prefix, position)

@@ -257,6 +257,33 @@ def test_shared_prefix_equals_a_longer_cache(implementation, window):
   assert_close(got, expected, 1e-5)
 
 
+@pytest.mark.parametrize("implementation", ("reference", *IMPLEMENTATIONS))
+@pytest.mark.parametrize("window, layout", ((None, "BKSH"), (60, "BSKH")))
+def test_prefixes_that_branch_equal_longer_caches(implementation, window, layout):
+  """Levels of 1, 2 and 4 groups, of unequal lengths (one of them 0), over 4 rows."""
+  case = Case(M=3, S=64, lengths=(0, 41, 64, 7), layout=layout, options=(("window", window),))
+  arrays, others = case.arrays()
+  rng = np.random.default_rng(1)
+  levels = []
+  for size, fill in ((24, (24,)), (40, (31, 0)), (16, (1, 16, 3, 9))):
+    shape = (len(fill), *((2, size) if layout == "BKSH" else (size, 2)), 64)
+    k, v = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for _ in "kv")
+    levels.append((k, v, jnp.asarray(fill, jnp.int32)))
+  with on(implementation):
+    got = case.run(implementation, arrays, others, prefix=tuple(levels))
+  axis = 1 if layout == "BKSH" else 0  # of slots, without the batch
+  live = lambda x, n: jax.lax.slice_in_dim(x, 0, int(n), axis=axis)  # noqa: E731
+  for b in range(4):
+    row = {name: x[b : b + 1] for name, x in (arrays | others).items()}
+    groups = [b * len(fill) // 4 for *_, fill in levels]
+    for i, name in enumerate(("k_cache", "v_cache")):
+      parts = [live(level[i][g], level[2][g]) for level, g in zip(levels, groups)]
+      row[name] = jnp.concatenate([*parts, arrays[name][b]], axis)[None]
+    before = sum(int(fill[g]) for (*_, fill), g in zip(levels, groups))
+    expected = case.run("reference", row, {"length": others["length"][b : b + 1] + before})
+    assert_close([x[b : b + 1] for x in got], expected, 1e-5)
+
+
 def test_depth_moves_the_window():
   case = Case(M=3, S=64, lengths=(40,), options=(("window", 8),))
   arrays, others = case.arrays()
@@ -325,6 +352,10 @@ def test_batching_and_jit_over_trees():
     (dict(logit_cap=-1.0), "logit_cap is positive"),
     (dict(cache_layout="SBKH"), "cache_layout is"),
     (dict(prefix=(jnp.zeros((4, 3, 8)), jnp.zeros((4, 3, 8)))), "k_prefix has shape"),
+    (
+      dict(prefix=((jnp.zeros((3, 4, 2, 8)), jnp.zeros((3, 4, 2, 8)), jnp.zeros(3, int)),)),
+      "prefix.0. has G=3 groups, which doesn't divide",
+    ),
     (dict(implementation="mosaic"), "did you mean 'mosaic_"),
   ],
 )
