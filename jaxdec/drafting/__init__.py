@@ -6,6 +6,7 @@ from jaxdec.drafting.budget import choose_budget
 from jaxdec.drafting.chimera import Chimera
 from jaxdec.drafting.clover import Clover2
 from jaxdec.drafting.clover1 import Clover
+from jaxdec.drafting.combined import Combined
 from jaxdec.drafting.dflash import DFlash
 from jaxdec.drafting.dovetail import Dovetail
 from jaxdec.drafting.draft_model import DraftModel
@@ -53,6 +54,7 @@ register("del", DynamicExit)
 register("prompt_lookup", PromptLookup)
 register("token_recycling", TokenRecycling)
 register("suffix", Suffix)
+register("combined", Combined)
 for _kind in KINDS.values():
   register(_kind.name, _kind.from_name)
 
@@ -64,6 +66,7 @@ __all__ = [
   "Chimera",
   "Clover",
   "Clover2",
+  "Combined",
   "Context",
   "DFlash",
   "DSpark",

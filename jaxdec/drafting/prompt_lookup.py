@@ -57,6 +57,10 @@ class PromptLookup(Source):
   def num_nodes(self) -> int:
     return self.num_drafts + 1
 
+  @property
+  def num_candidates(self) -> int:
+    return self.num_matches
+
   def candidates(self, params, state, context, rng):
     """The matches' continuations. A prefix that k of n matches have is right with probability
     k / (n + 1): the next occurrence may be a new one."""

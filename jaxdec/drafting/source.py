@@ -33,7 +33,15 @@ class Candidates:
 
 
 class Source(Drafter):
-  """A drafter that lists candidate continuations; the M - 1 best nodes of the list are its tree."""
+  """A drafter that lists candidate continuations; the M - 1 best nodes of the list are its tree.
+
+  Attributes:
+    num_candidates: R, continuations listed (static); L is ``max_depth``.
+  """
+
+  @property
+  def num_candidates(self) -> int:
+    raise NotImplementedError
 
   def candidates(
     self, params: Params, state: DraftState, context: Context, rng: jax.Array

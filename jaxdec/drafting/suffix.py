@@ -111,6 +111,10 @@ class Suffix(Source):
     return self.num_drafts + 1
 
   @property
+  def num_candidates(self) -> int:
+    return 1 if self.mode == "path" else min(self.num_drafts, self.matches)
+
+  @property
   def may_pass(self) -> bool:
     return not self.store  # what is written must be seen, plain steps too
 
@@ -182,18 +186,14 @@ class Suffix(Source):
     matched = match_lengths(context.history, request, recent, index < size[:, None] - 1)
     tail = jnp.minimum(size, self.context - 1)[:, None]  # the end of the text matches itself
     matched = jnp.where(index == size[:, None] - 1, tail, matched)
-    best = jax.vmap(self._count)(context.history, request, matched, size)
+    best = self._padded(jax.vmap(self._count)(context.history, request, matched, size))
     if self.store:
       matched = match_lengths(state.tokens[None], state.request[None], recent)
       past = jax.vmap(self._count, (None, None, 0, 0))(state.tokens, state.request, matched, size)
-      own = best.score > past.score - TIE
-      choose = lambda a, b: jnp.where(own[:, None, None], a, b)  # noqa: E731
-      best = Counted(*map(choose, *(_padded(x, self._rows) for x in (best, past))), own)
+      own = (best.score > past.score - TIE)[:, None, None]
+      best, past = best.replace(score=own), self._padded(past).replace(score=own)
+      best = jax.tree.map(lambda a, b: jnp.where(own, a, b), best, past)
     return Candidates(best.tokens, best.valid, best.weight)
-
-  @property
-  def _rows(self) -> int:
-    return 1 if self.mode == "path" else min(self.num_drafts, self.matches)
 
   def _count(self, tokens, request, matched, size) -> Counted:
     """The best draft after any of the matches in one text."""
@@ -213,6 +213,13 @@ class Suffix(Source):
     if self.mode == "path":
       return counted_path(*arguments)
     return counted_tree(*arguments, keep=self.num_drafts)
+
+  def _padded(self, found: Counted) -> Counted:
+    """With ``num_candidates`` rows, however short the text."""
+    pad = lambda x: jnp.pad(  # noqa: E731
+      x, ((0, 0), (0, self.num_candidates - x.shape[1]), (0, 0))
+    )
+    return Counted(pad(found.tokens), pad(found.valid), pad(found.weight), found.score)
 
   def has_draft(self, params, state, context):
     """Whether the end of the text occurred before. (A draft less likely than ``floor`` after every
@@ -265,9 +272,3 @@ def match_lengths(
   run = jnp.broadcast_to(request >= 0, shape)
   run = run if where is None else run & where
   return jax.lax.while_loop(more, step, (jnp.int32(0), run, jnp.zeros(shape, jnp.int32)))[2]
-
-
-def _padded(found: Counted, rows: int):
-  """``tokens, valid, weight`` with as many rows as the other place may have."""
-  pad = lambda x: jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, 0)))  # noqa: E731
-  return pad(found.tokens), pad(found.valid), pad(found.weight)

@@ -107,6 +107,10 @@ class TokenRecycling(Source):
     return self.shape.max_depth
 
   @property
+  def num_candidates(self) -> int:
+    return self.shape.branches.shape[0]
+
+  @property
   def needs_prompt_hidden(self) -> bool:
     return self.learn_prompt
 

@@ -8,7 +8,7 @@ import functools
 import pytest
 
 from jaxdec.decoding import Sampler, generate
-from jaxdec.drafting import PromptLookup, Suffix, TokenRecycling
+from jaxdec.drafting import Combined, PromptLookup, Suffix, TokenRecycling
 from tests.decoding.targets import target
 
 # A ragged batch: nothing to look up, something, and a text that repeats itself.
@@ -20,6 +20,10 @@ SOURCES = {
   "token_recycling": lambda: (TokenRecycling(size=12), None),
   "suffix": lambda: (Suffix(num_drafts=6), None),
   "suffix_path": lambda: (Suffix(num_drafts=6, mode="path", store=64, answer=32), None),
+  "combined": lambda: (
+    Combined(sources=(Suffix(num_drafts=6), TokenRecycling(size=12)), size=8),
+    None,
+  ),
 }
 
 
