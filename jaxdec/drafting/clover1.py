@@ -10,6 +10,8 @@ With ``h_t`` the target's post-norm state and AD the attention block of one key 
 The paper leaves sizes of the attention decoder open: here it is that of Clover-2 (cosine weights),
 one for each head, and W is the target's own LM head, frozen. Layer and A_k start so that every
 state is ``h_t`` but for what AD adds: a fresh head is the LM head.
+
+With ``top_p`` and ``tree=DynamicTree(...)`` the tree is Clover's own (``clover_tree``).
 """
 
 from __future__ import annotations
@@ -23,8 +25,11 @@ import jax.numpy as jnp
 
 from jaxdec.drafting.base import Params, Target
 from jaxdec.drafting.clover import Clover2, TokenAttention, near_identity
+from jaxdec.drafting.clover_tree import expand_clover
+from jaxdec.drafting.dynamic_tree import DynamicTree
 from jaxdec.drafting.objectives import Objective
 from jaxdec.drafting.trained import embed
+from jaxdec.errors import UserError
 from jaxdec.mixers import NormConfig
 from jaxdec.mixers.norms import Dense
 from jaxdec.models.config import LayerConfig, MLPConfig
@@ -89,7 +94,10 @@ class CloverModule(nn.Module):
 class Clover(Clover2):
   """Clover. Settings as in ``Clover2``; every depth has weights of its own, so K bounds the depth.
 
-  ``depth_decay`` is Medusa's.
+  Attributes:
+    top_p: with it a ``DynamicTree`` grows by Clover's rule, of which this is the nucleus; None: by
+      EAGLE-2's. ratio: least probability of a candidate, relative to the likeliest's.
+    depth_decay: Medusa's.
   """
 
   name: ClassVar[str] = "clover"
@@ -98,6 +106,23 @@ class Clover(Clover2):
   num_heads: int = 4
   objective: Objective = "hard"
   depth_decay: float = 0.8
+  top_p: float | None = None
+  ratio: float = 0.25
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.top_p is None:
+      return
+    if not (0 < self.top_p <= 1 and 0 <= self.ratio <= 1):
+      raise UserError(
+        f"top_p must lie in (0, 1] and ratio in [0, 1], got {self.top_p} and {self.ratio}"
+      )
+    tree = self.tree
+    if not isinstance(tree, DynamicTree) or tree.num_nodes > 1 + tree.width * tree.max_depth:
+      raise UserError(
+        "Clover's tree, top_p, needs a DynamicTree of at most width drafts a level, num_nodes <= "
+        f"1 + width * max_depth; got tree={tree}"
+      )
 
   @property
   def capture(self) -> tuple[int, ...]:
@@ -132,3 +157,13 @@ class Clover(Clover2):
 
   def _embed(self, target, tokens):
     return embed(target, tokens, self.dtype)
+
+  def propose(self, params, state, context, rng):
+    if self.top_p is None:
+      return super().propose(params, state, context, rng)
+    logits, carry = self.first(params, state, context)
+    tree = expand_clover(
+      self.step(params, state, context), carry, logits, context.root, self.tree, top_p=self.top_p,
+      ratio=self.ratio, perturb=self._noise(context), ids=self.draft_ids,
+    )  # fmt: skip
+    return tree, state

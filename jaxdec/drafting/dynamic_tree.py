@@ -16,13 +16,13 @@ level before; logits score their children. A drafter whose logits ignore the pat
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxdec.drafting.selection import argmax, top_k
 from jaxdec.drafting.static_tree import StaticTree
@@ -153,19 +153,42 @@ def expand_dynamic(
     frontier, parents = size + best, best // k
     size += k * k
   kept = jax.lax.top_k(jnp.concatenate(all_scores, axis=1), spec.num_nodes - 1)[1]
+  return assemble(root, all_tokens, all_parents, all_depths, kept, spec)
+
+
+def assemble(
+  root: Int[Array, "B"],
+  tokens: Sequence[Int[Array, "B _"]],
+  parents: Sequence[Int[Array, "B _"]],
+  depths: Sequence[np.ndarray],
+  kept: Int[Array, "B N"],
+  spec: DynamicTree,
+  valid: Bool[Array, "B _"] | None = None,
+) -> Tree:
+  """The tree of some of the candidates, which are listed level by level.
+
+  Args:
+    parents: the candidate number of each one's parent, -1 for the root. depths: alike in all rows.
+    kept: N = ``num_nodes - 1`` different candidates, and with each its parent. valid: candidates
+      that may be accepted; the parents of others don't matter.
+  """
   kept = jnp.sort(kept, axis=1)  # creation order: parents before children
 
   def pick(parts):
     return jnp.take_along_axis(jnp.concatenate(parts, axis=1), kept, axis=1)
 
-  above = pick(all_parents)
+  above, depth = pick(parents), jnp.asarray(np.concatenate(depths), jnp.int32)[kept]
+  ok = jnp.ones(kept.shape, bool)
+  if valid is not None:
+    ok = jnp.take_along_axis(valid, kept, axis=1)
+    above, depth = jnp.where(ok, above, -1), jnp.where(ok, depth, 1)
   # Slot of the parent: where its candidate number sits among the kept ones (none: the root).
   parent = jnp.where(above < 0, 0, 1 + jnp.argmax(above[:, :, None] == kept[:, None, :], axis=-1))
-  zero = jnp.zeros((b, 1), jnp.int32)
+  zero = jnp.zeros((root.shape[0], 1), jnp.int32)
   return Tree(
-    tokens=jnp.concatenate([root[:, None], pick(all_tokens)], axis=1).astype(jnp.int32),
+    tokens=jnp.concatenate([root[:, None], pick(tokens)], axis=1).astype(jnp.int32),
     parent=jnp.concatenate([zero, parent], axis=1).astype(jnp.int32),
-    depth=jnp.concatenate([zero, jnp.asarray(np.concatenate(all_depths), jnp.int32)[kept]], axis=1),
-    valid=jnp.ones((b, spec.num_nodes), bool),
+    depth=jnp.concatenate([zero, depth], axis=1),
+    valid=jnp.concatenate([zero == 0, ok], axis=1),
     max_depth=spec.max_depth,
   )
