@@ -8,7 +8,7 @@ A token is a candidate below its parent while it is
 
 Of a level's candidates the likeliest paths, by the product of their tokens' probabilities, are
 kept, as many as ``num_nodes - 1`` less what the levels above have used; at most ``width`` below a
-node and on a level. A sure drafter thus spends its nodes on depth and verifies fewer of them in all.
+node and on a level. A sure drafter thus spends its nodes on depth and verifies fewer in all.
 
 The paper gives the quarter; ``top_p`` is the user's. With coupled noise (``TrainedDrafter``) tokens
 are ranked with it and judged without, and the first of them is kept in any case.
