@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from jaxdec.drafting.base import Context, Params, Target
+from jaxdec.drafting.base import Context, Params, Target, TargetOutput
 from jaxdec.drafting.dynamic_tree import take_nodes
 from jaxdec.drafting.hydra import draft_attention
 from jaxdec.drafting.objectives import Objective, Term
@@ -194,8 +194,52 @@ class FeatureState:
   caches: tuple[Any, ...]
 
 
+class SlotReader:
+  """How drafters with attention of their own read a text: slot t holds (feature of t, token t + 1),
+  and the last slot holds the root.
+
+  A drafter gives ``_features``, what the target's pass gives it ``[B,T,E]``, and ``_apply`` of a
+  module with a method ``read``. Its state is a ``FeatureState``.
+  """
+
+  attention: AttentionConfig
+
+  def _features(self, output: TargetOutput) -> Float[Array, "B T E"]:
+    raise NotImplementedError
+
+  def _caches(self, batch: int, capacity: int, count: int) -> tuple[Any, ...]:
+    """Empty caches of ``count`` layers."""
+    attention = Attention(self.attention, self.dim, parent=None)
+    dtype = jnp.dtype(self.dtype)
+    return tuple(attention.init_state(batch, capacity, dtype) for _ in range(count))
+
+  def _no_keys(self, batch: int) -> KeysValues:
+    """Keys and values of no drafted node."""
+    c = self.attention
+    empty = jnp.zeros((batch, c.num_kv_heads, 0, c.head_dim), self.dtype)
+    return empty, empty
+
+  def _read(self, params, state, features, next_tokens, count, target):
+    """Reads the first ``count [B]`` of new slots: ``features [B,P,E]``, tokens after them."""
+    index = jnp.arange(next_tokens.shape[1], dtype=jnp.int32)[None]
+    length = state.caches[0].length
+    positions = jnp.where(index < count[:, None], length[:, None] + index, -1)
+    embedded = embed(target, next_tokens, self.dtype)
+    x, caches = self._apply(params, features, embedded, state.caches, positions, method="read")
+    last = jnp.take_along_axis(x, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
+    return FeatureState(jnp.where(count[:, None] > 0, last, state.last), caches)
+
+  def start(self, params, state, prompt, output, target):
+    features = self._features(output)
+    return self._read(params, state, features, following(prompt), prompt.lengths, target)
+
+  def observe(self, params, state, tree, accepted, output, context):
+    features = gather_nodes(self._features(output), accepted.path)
+    return self._read(params, state, features, accepted.tokens, accepted.count, context.target)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerDrafter(TrainedDrafter):
+class LayerDrafter(SlotReader, TrainedDrafter):
   """Base of drafters with layers of their own between the target's embeddings and its LM head.
 
   Attributes:
@@ -249,18 +293,6 @@ class LayerDrafter(TrainedDrafter):
       return target.model.apply({"params": target.params}, x, method="unembed")
     kernel = lm_head_kernel(target)[:, self.draft_ids].astype(x.dtype)
     return soft_cap(jnp.matmul(x, kernel, preferred_element_type=jnp.float32), self.logit_cap)
-
-  def _caches(self, batch: int, capacity: int, count: int) -> tuple[Any, ...]:
-    """Empty caches of ``count`` layers."""
-    attention = Attention(self.attention, self.dim, parent=None)
-    dtype = jnp.dtype(self.dtype)
-    return tuple(attention.init_state(batch, capacity, dtype) for _ in range(count))
-
-  def _no_keys(self, batch: int) -> KeysValues:
-    """Keys and values of no drafted node."""
-    c = self.attention
-    empty = jnp.zeros((batch, c.num_kv_heads, 0, c.head_dim), self.dtype)
-    return empty, empty
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -334,33 +366,14 @@ class FeatureDrafter(LayerDrafter):
     n = self.rollouts
     return super()._total(values[:n], weights[:n], depths[:n])
 
-  # Inference. Slot t holds (feature of t, token t + 1); the last slot holds the root.
+  # Inference.
 
-  def _features(self, output) -> Float[Array, "B T D"]:
-    """What the target's pass gives the drafter."""
+  def _features(self, output):
     return output.hidden.astype(self.dtype)
 
   def init_state(self, batch: int, capacity: int) -> FeatureState:
     last = jnp.zeros((batch, self.dim), self.dtype)
     return FeatureState(last, self._caches(batch, capacity, self.num_layers))
-
-  def _read(self, params, state, features, next_tokens, count, target):
-    """Reads the first ``count [B]`` of new slots: ``features [B,P,D]``, tokens after them."""
-    index = jnp.arange(next_tokens.shape[1], dtype=jnp.int32)[None]
-    length = state.caches[0].length
-    positions = jnp.where(index < count[:, None], length[:, None] + index, -1)
-    embedded = embed(target, next_tokens, self.dtype)
-    x, caches = self._apply(params, features, embedded, state.caches, positions, method="read")
-    last = jnp.take_along_axis(x, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-    return FeatureState(jnp.where(count[:, None] > 0, last, state.last), caches)
-
-  def start(self, params, state, prompt, output, target):
-    features = self._features(output)
-    return self._read(params, state, features, following(prompt), prompt.lengths, target)
-
-  def observe(self, params, state, tree, accepted, output, context):
-    features = gather_nodes(self._features(output), accepted.path)
-    return self._read(params, state, features, accepted.tokens, accepted.count, context.target)
 
   def first(self, params, state, context: Context):
     x, b = state.last[:, None], state.last.shape[0]

@@ -21,25 +21,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float
 
-from jaxdec.drafting.base import Context, Params, Target
+from jaxdec.drafting.base import Context
+from jaxdec.drafting.captured import CapturedDrafter
 from jaxdec.drafting.dynamic_tree import take_nodes
-from jaxdec.drafting.hydra import draft_attention
 from jaxdec.drafting.objectives import Objective
 from jaxdec.drafting.rollout import rollout_attention
-from jaxdec.drafting.trained import TrainedDrafter, embed, soft_cap
+from jaxdec.drafting.trained import embed
 from jaxdec.mixers import Attention, AttentionConfig, NormConfig
 from jaxdec.mixers.attention import heads_first
-from jaxdec.mixers.base import gather_nodes
 from jaxdec.mixers.norms import Dense, RMSNorm
-from jaxdec.models.config import DecoderConfig, MLPConfig
+from jaxdec.models.config import MLPConfig
 from jaxdec.models.decoder import MLP
 
 
@@ -118,11 +116,11 @@ class EagleLayer(nn.Module):
       g = self._fed(g)
     return states
 
-  def read(self, features, embedded, state, positions):
-    """Reads slots with true features into the cache (position -1: padding)."""
-    g = self._fused(features)
-    attended, state = self.attention.extend(self._input(embedded, g), state, positions)
-    return self._finish(g, attended), state
+  def read(self, features, embedded, caches, positions):
+    """Reads slots with true features into the one cache (position -1: padding)."""
+    g, (cache,) = self._fused(features), caches
+    attended, cache = self.attention.extend(self._input(embedded, g), cache, positions)
+    return self._finish(g, attended), (cache,)
 
   def draft(self, g, embedded, positions, state, keys, values, ancestors):
     """Feeds ``n`` drafted nodes after the ``m`` fed before (``keys``, ``values [B,K,m,H]``).
@@ -142,21 +140,12 @@ class EagleLayer(nn.Module):
     return self.logits(self.rollout(features, embedded, positions, segment_ids, 1)[0])
 
 
-@struct.dataclass
-class EagleState:
-  """``g''`` of the slot before the root, and the cache of slots read with true features."""
-
-  last: Float[Array, "B D"]
-  cache: Any
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Eagle3(TrainedDrafter):
+class Eagle3(CapturedDrafter):
   """EAGLE-3.
 
   Attributes:
-    capture_layers: the three layer inputs read (0-based; L: the stream before the final norm).
-    attention, hidden_dim, eps: shape of the draft layer.
+    capture_layers, attention, hidden_dim, eps: see ``CapturedDrafter``; three layers are read.
     num_heads: K, steps of the training rollout; at inference any depth works.
     fc_norm, norm_output: the two changes of EAGLE-3.1: an RMSNorm on each captured state before
       ``W_fc``, and the next step fed ``RMS(g'')``, what the LM head reads, in place of ``g''``.
@@ -166,12 +155,7 @@ class Eagle3(TrainedDrafter):
 
   name: ClassVar[str] = "eagle3"
   sequential: ClassVar[bool] = True
-  needs_prompt_hidden: ClassVar[bool] = True
 
-  capture_layers: tuple[int, ...]
-  attention: AttentionConfig
-  hidden_dim: int
-  eps: float = 1e-6
   fc_norm: bool = False
   norm_output: bool = False
   norm_before_residual: bool = False
@@ -179,53 +163,17 @@ class Eagle3(TrainedDrafter):
   objective: Objective = "soft"
   depth_decay: float = 0.8
 
-  @classmethod
-  def for_target(cls, config: DecoderConfig, **options) -> Eagle3:
-    options.setdefault("capture_layers", default_capture(config.num_layers))
-    options.setdefault("attention", draft_attention(config))
-    options.setdefault("hidden_dim", config.layers[0].mlp.hidden_dim)
-    options.setdefault("eps", config.norm.eps)
-    return super().for_target(config, **options)
-
-  @property
-  def capture(self) -> tuple[int, ...]:
-    return self.capture_layers
-
   @property
   def depth_limit(self) -> int:
     return 1 << 10  # recurrent: no trained limit
 
   @property
-  def layer(self) -> EagleLayer:
-    return EagleLayer(
-      self.attention,
-      self.dim,
-      self.hidden_dim,
-      self.draft_size,
-      NormConfig(self.eps),
-      jnp.dtype(self.dtype),
-      len(self.capture),
-      self.fc_norm,
-      self.norm_output,
-      self.norm_before_residual,
-    )
-
-  def init_boxed(self, rng: jax.Array, target: Target) -> Params:
-    features = jnp.zeros((1, 2, len(self.capture) * self.dim), self.dtype)
-    zeros = jnp.zeros((1, 2), jnp.int32)
-    return self.layer.init(rng, features, features[..., : self.dim], zeros, zeros)["params"]
-
-  def head(self, params, target, depth, states):
-    return soft_cap(self._apply(params, states, method="logits"), self.logit_cap)
-
-  def _apply(self, params, *args, method):
-    return self.layer.apply({"params": params}, *args, method=method)
-
-  def _fused(self, output):
-    return jnp.concatenate(output.features, axis=-1).astype(self.dtype)
+  def network(self) -> EagleLayer:
+    norms = {name: getattr(self, name) for name in ("fc_norm", "norm_output")}
+    return EagleLayer(**self._shape, **norms, norm_before_residual=self.norm_before_residual)
 
   def teacher_forced(self, params, target, output, batch, rng=None):
-    features = jax.lax.stop_gradient(self._fused(output))
+    features = jax.lax.stop_gradient(self._features(output))
     tokens = jax.lax.stop_gradient(embed(target, batch["tokens"], self.dtype))
     states = self._apply(
       params,
@@ -238,50 +186,28 @@ class Eagle3(TrainedDrafter):
     )
     return [g[:, : -1 - k] for k, g in enumerate(states, 1)]
 
-  # Inference. Slot t holds (features of t, token t + 1); the last slot holds the root.
-
-  def init_state(self, batch: int, capacity: int) -> EagleState:
-    attention = Attention(self.attention, self.dim, parent=None)
-    cache = attention.init_state(batch, capacity, jnp.dtype(self.dtype))
-    return EagleState(jnp.zeros((batch, self.dim), self.dtype), cache)
-
-  def _read(self, params, state, features, next_tokens, count, target):
-    index = jnp.arange(next_tokens.shape[1], dtype=jnp.int32)[None]
-    positions = jnp.where(index < count[:, None], state.cache.length[:, None] + index, -1)
-    embedded = embed(target, next_tokens, self.dtype)
-    g, cache = self._apply(params, features, embedded, state.cache, positions, method="read")
-    last = jnp.take_along_axis(g, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-    return EagleState(jnp.where(count[:, None] > 0, last, state.last), cache)
-
-  def start(self, params, state, prompt, output, target):
-    index = jnp.arange(prompt.tokens.shape[1])[None]
-    following = jnp.roll(prompt.tokens, -1, axis=1)
-    following = jnp.where(index == prompt.lengths[:, None] - 1, prompt.root[:, None], following)
-    return self._read(params, state, self._fused(output), following, prompt.lengths, target)
-
-  def observe(self, params, state, tree, accepted, output, context):
-    features = gather_nodes(self._fused(output), accepted.path)
-    return self._read(params, state, features, accepted.tokens, accepted.count, context.target)
+  # Inference.
 
   def first(self, params, state, context: Context):
     logits = self.head(params, context.target, 1, state.last[:, None])[:, 0]
-    b, c = state.last.shape[0], self.attention
-    empty = jnp.zeros((b, c.num_kv_heads, 0, c.head_dim), state.cache.k.dtype)
-    return logits, (state.last[:, None], empty, empty, jnp.zeros((b, 1, 0), bool))
+    b = state.last.shape[0]
+    return logits, (state.last[:, None], *self._no_keys(b), jnp.zeros((b, 1, 0), bool))
 
   def step(self, params, state, context: Context):
+    (cache,) = state.caches
+
     def feed(carry, level, tokens, parents):
       g, keys, values, ancestors = carry
       b, n = tokens.shape
       itself = jnp.broadcast_to(jnp.eye(n, dtype=bool), (b, n, n))
       seen = jnp.concatenate([take_nodes(ancestors, parents), itself], axis=-1)
-      positions = jnp.broadcast_to(state.cache.length[:, None] - 1 + level, (b, n))
+      positions = jnp.broadcast_to(cache.length[:, None] - 1 + level, (b, n))
       g, keys, values = self._apply(
         params,
         take_nodes(g, parents),
         embed(context.target, tokens, self.dtype),
         positions,
-        state.cache,
+        cache,
         keys,
         values,
         seen,
@@ -291,10 +217,3 @@ class Eagle3(TrainedDrafter):
       return self.head(params, context.target, level + 1, g), (g, keys, values, seen)
 
     return feed
-
-
-def default_capture(num_layers: int) -> tuple[int, int, int]:
-  """Inputs of layers 2, L//2 and L-3 (the paper's choice); spread evenly where L < 8."""
-  if num_layers >= 8:
-    return 2, num_layers // 2, num_layers - 3
-  return min(1, num_layers), num_layers // 2, max(num_layers - 1, 1)

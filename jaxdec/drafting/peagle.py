@@ -20,28 +20,25 @@ The mask embedding is a vector of the drafter's own, not a row of the frozen tab
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float, Int
 
-from jaxdec.drafting.base import Context, Params, Target
+from jaxdec.drafting.base import Context
+from jaxdec.drafting.captured import CapturedDrafter
 from jaxdec.drafting.dflash import take_slots
-from jaxdec.drafting.eagle3 import default_capture
-from jaxdec.drafting.hydra import draft_attention
 from jaxdec.drafting.objectives import Objective
 from jaxdec.drafting.pieces import Example
 from jaxdec.drafting.rollout import causal_attention, with_own_slots
-from jaxdec.drafting.trained import TrainedDrafter, embed, label_weights, soft_cap
+from jaxdec.drafting.trained import embed, label_weights
 from jaxdec.errors import UserError
 from jaxdec.mixers import Attention, AttentionConfig, NormConfig
 from jaxdec.mixers.attention import attention_logits, attention_values, heads_first
-from jaxdec.mixers.base import gather_nodes
 from jaxdec.mixers.norms import Dense, RMSNorm
-from jaxdec.models.config import DecoderConfig, MLPConfig
+from jaxdec.models.config import MLPConfig
 from jaxdec.models.decoder import MLP
 
 LEAST = 0.2  # of the chains, kept at every depth
@@ -213,33 +210,19 @@ def scattered_attention(q, k, v, slots, segment_ids, config: AttentionConfig):
   return out, lse.swapaxes(1, 2)
 
 
-@struct.dataclass
-class PEagleState:
-  """The state of depth 0 at the slot before the root, and a cache a layer."""
-
-  last: Float[Array, "B D"]
-  caches: tuple[Any, ...]
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PEagle(TrainedDrafter):
+class PEagle(CapturedDrafter):
   """P-EAGLE.
 
   Attributes:
-    capture_layers: the three layer inputs read, as in ``Eagle3``.
-    num_layers, attention, hidden_dim, eps: shape of the drafter.
+    capture_layers, attention, hidden_dim, eps: see ``CapturedDrafter``. num_layers: its layers.
     num_heads: K, the depths; drafts are no deeper.
     keep: r of COD sampling; 1: all chains at all depths.
   """
 
   name: ClassVar[str] = "p_eagle"
-  needs_prompt_hidden: ClassVar[bool] = True
 
-  capture_layers: tuple[int, ...]
-  attention: AttentionConfig
-  hidden_dim: int
   num_layers: int = 4
-  eps: float = 1e-6
   keep: float = 0.7
   num_heads: int = 5
   objective: Objective = "soft"
@@ -251,44 +234,13 @@ class PEagle(TrainedDrafter):
     if self.loss_fraction < 1:
       raise UserError("p_eagle samples its slots itself; use keep instead of loss_fraction")
 
-  @classmethod
-  def for_target(cls, config: DecoderConfig, **options) -> PEagle:
-    options.setdefault("capture_layers", default_capture(config.num_layers))
-    options.setdefault("attention", draft_attention(config))
-    options.setdefault("hidden_dim", config.layers[0].mlp.hidden_dim)
-    options.setdefault("eps", config.norm.eps)
-    return super().for_target(config, **options)
+  @property
+  def network(self) -> ChainModel:
+    return ChainModel(**self._shape, num_layers=self.num_layers)
 
   @property
-  def capture(self) -> tuple[int, ...]:
-    return self.capture_layers
-
-  @property
-  def model(self) -> ChainModel:
-    return ChainModel(
-      self.attention,
-      self.hidden_dim,
-      self.num_layers,
-      len(self.capture),
-      self.dim,
-      self.draft_size,
-      NormConfig(self.eps),
-      jnp.dtype(self.dtype),
-    )
-
-  def init_boxed(self, rng: jax.Array, target: Target) -> Params:
-    features = jnp.zeros((1, 2, len(self.capture) * self.dim), self.dtype)
-    zeros = jnp.zeros((1, 2), jnp.int32)
-    return self.model.init(rng, features, features[..., : self.dim], zeros, zeros)["params"]
-
-  def head(self, params, target, depth, states):
-    return soft_cap(self._apply(params, states, method="logits"), self.logit_cap)
-
-  def _apply(self, params, *args, method):
-    return self.model.apply({"params": params}, *args, method=method)
-
-  def _fused(self, output):
-    return jnp.concatenate(output.features, axis=-1).astype(self.dtype)
+  def num_caches(self) -> int:
+    return self.num_layers
 
   # Training.
 
@@ -315,7 +267,7 @@ class PEagle(TrainedDrafter):
     embedded = jax.lax.stop_gradient(embed(target, tokens, self.dtype))
     states = self._apply(
       params,
-      jax.lax.stop_gradient(self._fused(output)),
+      jax.lax.stop_gradient(self._features(output)),
       jnp.pad(embedded[:, 1:], ((0, 0), (0, 1), (0, 0))),
       batch["positions"],
       batch["segment_ids"],
@@ -336,32 +288,7 @@ class PEagle(TrainedDrafter):
       weight = take_slots(weight, chosen) * inside
       yield Example(k, x, take_slots(labels, chosen), None, take_slots(hidden, chosen), weight)
 
-  # Inference. Slot t holds (features of t, token t + 1); the last slot holds the root.
-
-  def init_state(self, batch: int, capacity: int) -> PEagleState:
-    attention = Attention(self.attention, self.dim, parent=None)
-    caches = tuple(
-      attention.init_state(batch, capacity, jnp.dtype(self.dtype)) for _ in range(self.num_layers)
-    )
-    return PEagleState(jnp.zeros((batch, self.dim), self.dtype), caches)
-
-  def _read(self, params, state, features, next_tokens, count, target):
-    index = jnp.arange(next_tokens.shape[1], dtype=jnp.int32)[None]
-    positions = jnp.where(index < count[:, None], state.caches[0].length[:, None] + index, -1)
-    embedded = embed(target, next_tokens, self.dtype)
-    x, caches = self._apply(params, features, embedded, state.caches, positions, method="read")
-    last = jnp.take_along_axis(x, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-    return PEagleState(jnp.where(count[:, None] > 0, last, state.last), caches)
-
-  def start(self, params, state, prompt, output, target):
-    index = jnp.arange(prompt.tokens.shape[1])[None]
-    following = jnp.roll(prompt.tokens, -1, axis=1)
-    following = jnp.where(index == prompt.lengths[:, None] - 1, prompt.root[:, None], following)
-    return self._read(params, state, self._fused(output), following, prompt.lengths, target)
-
-  def observe(self, params, state, tree, accepted, output, context):
-    features = gather_nodes(self._fused(output), accepted.path)
-    return self._read(params, state, features, accepted.tokens, accepted.count, context.target)
+  # Inference.
 
   def first(self, params, state, context: Context):
     states = state.last[:, None]

@@ -24,8 +24,9 @@ from toy_target import (
 
 from jaxdec.decoding import Sampler, generate
 from jaxdec.drafting.base import Accepted, Context, Prompt, TargetOutput
+from jaxdec.drafting.captured import default_capture
 from jaxdec.drafting.dynamic_tree import DynamicTree
-from jaxdec.drafting.eagle3 import Eagle3, default_capture
+from jaxdec.drafting.eagle3 import Eagle3
 from jaxdec.drafting.static_tree import StaticTree
 from jaxdec.drafting.vocabulary import DraftVocabulary
 from jaxdec.errors import UserError
@@ -146,12 +147,13 @@ def test_accepted_slots_are_read_again_with_true_features():
     Prompt(batch["tokens"], jnp.asarray([12, 12]), batch["tokens"][:, 12]),
     whole,
   )
-  np.testing.assert_array_equal(after.cache.length, [12, 9])
+  (old,), (cache,), (other,) = before.caches, after.caches, fresh.caches
+  np.testing.assert_array_equal(cache.length, [12, 9])
   np.testing.assert_allclose(after.last[0], fresh.last[0], atol=1e-5)
-  np.testing.assert_allclose(after.cache.k[0, :, :12], fresh.cache.k[0, :, :12], atol=1e-5)
-  np.testing.assert_allclose(after.cache.v[0, :, :12], fresh.cache.v[0, :, :12], atol=1e-5)
+  np.testing.assert_allclose(cache.k[0, :, :12], other.k[0, :, :12], atol=1e-5)
+  np.testing.assert_allclose(cache.v[0, :, :12], other.v[0, :, :12], atol=1e-5)
   np.testing.assert_array_equal(after.last[1], before.last[1])
-  np.testing.assert_array_equal(after.cache.k[1, :, :9], before.cache.k[1, :, :9])
+  np.testing.assert_array_equal(cache.k[1, :, :9], old.k[1, :, :9])
 
 
 def test_loss_by_hand():

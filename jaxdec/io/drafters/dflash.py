@@ -24,7 +24,9 @@ from jaxdec.io.drafters.layout import (
   Opened,
   Stored,
   below,
+  check_captures,
   layer_ids,
+  only,
   plain_embeddings,
   read_layer,
   sizes,
@@ -33,13 +35,13 @@ from jaxdec.io.drafters.layout import (
 
 # Options of variants: field -> the values that leave a plain DFlash.
 _FIXED: dict[str, tuple[Any, ...]] = {
-  "is_causal": (False, None),
-  "causal": (False, None),
-  "use_swa": (False, None),
-  "output_multiplier": (1.0, None),
-  "input_embedding_scale": (1.0, None),
-  "attention_sink_bias": (False, None),
-  "attention_mode": ("gqa", None),
+  "is_causal": (False,),
+  "causal": (False,),
+  "use_swa": (False,),
+  "output_multiplier": (1.0,),
+  "input_embedding_scale": (1.0,),
+  "attention_sink_bias": (False,),
+  "attention_mode": ("gqa",),
 }
 _OWN = ("dflash_config", "block_size", "num_target_layers", "mask_token_id", *_FIXED)
 
@@ -93,17 +95,10 @@ def head(opened: Opened, layer: Mapping[str, Any], target: Any, options: dict[st
 
 def _read(opened: Opened, target: Any, options: dict[str, Any]) -> Any:
   fields = opened.fields
-  wanted = {
-    "hidden_size": ("width", target.dim),
-    "vocab_size": ("vocabulary", target.vocab_size),
-    "num_target_layers": ("layers", target.num_layers),
-  }
-  sizes(opened, target, wanted)
+  sizes(opened, fields, target)
   nested = fields.get("dflash_config") or {}
   own = {**{k: fields[k] for k in _OWN if k in fields}, **nested}
-  for name, allowed in _FIXED.items():
-    if own.get(name) not in allowed:
-      raise opened.wrong(f"{name}={own[name]!r} is not supported; only {allowed[0]!r} is")
+  only(opened, own, _FIXED)
   cap = own.get("final_logit_softcapping")
   if cap not in (None, target.logit_cap):
     raise opened.wrong(f"caps its logits at {cap}, the target's head at {target.logit_cap}")
@@ -131,11 +126,7 @@ def layer_fields(layout: Layout, drafter: Any, target: Any) -> dict[str, Any]:
   plain_embeddings(target, "DFlash")
   if drafter.mask_token is None:
     raise layout.refuse("mask_token=None (a learned mask embedding)", drafter)
-  captured = drafter.capture_layers
-  if min(captured) < 1 or max(captured) >= target.num_layers:
-    raise layout.refuse(
-      f"capture_layers={captured} (inputs of layers 1..L-1, L = {target.num_layers})", drafter
-    )
+  check_captures(layout, drafter, target)
   return write_layer(layout, drafter, drafter.attention, target, "qwen3", drafter.num_layers)
 
 

@@ -73,8 +73,7 @@ def head(opened: Opened, layer: Mapping[str, Any], bias: bool, target: Any,
 
 
 def _read(opened: Opened, target: Any, options: dict[str, Any]) -> Any:
-  wanted = {"hidden_size": ("width", target.dim), "vocab_size": ("vocabulary", target.vocab_size)}
-  sizes(opened, target, wanted)
+  sizes(opened, opened.fields, target)
   layer = {k: v for k, v in opened.fields.items() if k != "bias"}
   return head(opened, layer, "fc.bias" in opened.files, target, options)
 

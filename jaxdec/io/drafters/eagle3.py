@@ -24,7 +24,9 @@ from jaxdec.io.drafters.layout import (
   Opened,
   Stored,
   below,
+  check_captures,
   layer_ids,
+  only,
   plain_embeddings,
   read_layer,
   read_vocabulary,
@@ -37,7 +39,7 @@ INPUTS = "eagle_aux_hidden_state_layer_ids"
 _NUM_CAPTURED = 3
 # Options of the head, off where a file doesn't name them; those of ours, and those we don't have.
 _OPTIONS = ("norm_before_residual", "fc_norm", "norm_output")
-_NEVER = ("norm_before_fc", "bias", "parallel_drafting")
+_NEVER = dict.fromkeys(("norm_before_fc", "bias", "parallel_drafting"), (False,))
 _OWN = ("draft_vocab_size", "target_hidden_size", "eagle_config", INPUTS, *_OPTIONS, *_NEVER)
 
 
@@ -70,10 +72,8 @@ def head(opened: Opened, own: Mapping[str, Any], layer: Mapping[str, Any], targe
   from jaxdec.drafting.eagle3 import Eagle3
 
   plain_embeddings(target, "EAGLE-3")
-  sizes(opened, target, {"target_hidden_size": ("width", target.dim)})
-  for name in _NEVER:
-    if own.get(name):
-      raise opened.wrong(f"{name}={own[name]!r} is not supported; only False is")
+  sizes(opened, own, target)
+  only(opened, own, _NEVER)
   config = read_layer(opened, layer, "llama")
   if config.num_layers != 1:
     raise opened.wrong(f"has {config.num_layers} layers; EAGLE-3 heads have one here")
@@ -103,27 +103,25 @@ def _captured(opened: Opened, own: Mapping[str, Any], target: Any) -> tuple[int,
       f"contradicts itself: {INPUTS} names the inputs of layers {own[INPUTS]}, eagle_config the "
       f"outputs of {outputs}, which are the inputs of {after}"
     )
-  layers = target.num_layers
-  given = list(given) if given else [2, layers // 2, layers - 3]
+  given = list(given) if given else default_captures(target)
   if len(given) != _NUM_CAPTURED:
     raise opened.wrong(f"captures {len(given)} layers; EAGLE-3 heads read {_NUM_CAPTURED}")
   return layer_ids(opened, given, target)
 
 
+def default_captures(target: Any) -> list[int]:
+  """Layer inputs that servers read where the file doesn't say."""
+  return [2, target.num_layers // 2, target.num_layers - 3]
+
+
 def head_fields(layout: Layout, drafter: Any, target: Any) -> tuple[dict, dict]:
   """The head's own fields, and those of its layer."""
   plain_embeddings(target, "EAGLE-3")
-  captured = list(drafter.capture_layers)
-  if len(captured) != _NUM_CAPTURED or min(captured) < 1 or max(captured) >= target.num_layers:
-    raise layout.refuse(
-      f"capture_layers={drafter.capture_layers} (three inputs of layers 1..L-1, L = "
-      f"{target.num_layers})",
-      drafter,
-    )
+  check_captures(layout, drafter, target, _NUM_CAPTURED)
   own = {
     "draft_vocab_size": drafter.draft_size,
     "target_hidden_size": drafter.dim,
-    INPUTS: captured,
+    INPUTS: list(drafter.capture_layers),
     **{name: getattr(drafter, name) for name in _OPTIONS},
     "norm_before_fc": False,
   }
@@ -131,8 +129,6 @@ def head_fields(layout: Layout, drafter: Any, target: Any) -> tuple[dict, dict]:
 
 
 def _read(opened: Opened, target: Any, options: dict[str, Any]) -> Any:
-  wanted = {"hidden_size": ("width", target.dim), "vocab_size": ("vocabulary", target.vocab_size)}
-  sizes(opened, target, wanted)
   layer = {k: v for k, v in opened.fields.items() if k not in _OWN}
   return head(opened, opened.fields, layer, target, options)
 

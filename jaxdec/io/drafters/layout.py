@@ -109,15 +109,40 @@ class Layout:
         raise self.refuse(f"{f.name}={ours!r} (it would read back as {theirs!r})", drafter)
 
 
-def sizes(opened: Opened, target: Any, wanted: Mapping[str, tuple[str, Any]]) -> None:
-  """Raises UserError unless fields agree with the target: field -> (word, the target's value)."""
+def sizes(opened: Opened, fields: Mapping[str, Any], target: Any) -> None:
+  """Raises UserError unless the sizes among ``fields`` are the target's; one not given fits any."""
+  wanted = {
+    "hidden_size": ("width", target.dim),
+    "target_hidden_size": ("width", target.dim),
+    "vocab_size": ("vocabulary", target.vocab_size),
+    "num_target_layers": ("layers", target.num_layers),
+  }
   wrong = [
-    f"{word} {opened.fields[field]} against {value}"
+    f"{word} {fields[field]} against {value}"
     for field, (word, value) in wanted.items()
-    if opened.fields.get(field) not in (None, value)
+    if fields.get(field) not in (None, value)
   ]
   if wrong:
     raise opened.wrong(f"was made for another target: {', '.join(wrong)} in this model")
+
+
+def only(opened: Opened, fields: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
+  """Raises UserError for a field with another value than these; ``...``: any. Absent ones fit."""
+  for name, values in allowed.items():
+    found = fields.get(name)
+    if found is not None and ... not in values and found not in values:
+      raise opened.wrong(f"{name}={found!r} is not supported; only {values[0]!r} is")
+
+
+def check_captures(layout: Layout, drafter: Any, target: Any, count: int | None = None) -> None:
+  """Raises UserError unless servers can capture what the drafter reads, ``count`` layers if given.
+
+  Not the stream after the last layer: some take it before the final norm, others after.
+  """
+  captured, most = drafter.capture_layers, target.num_layers
+  if len(captured) != (count or len(captured)) or min(captured) < 1 or max(captured) >= most:
+    which = f"{count or 'any'} inputs of layers 1..L-1, L = {most}"
+    raise layout.refuse(f"capture_layers={captured} ({which})", drafter)
 
 
 def plain_embeddings(target: Any, kind: str) -> None:
@@ -175,7 +200,7 @@ def write_layer(
 # that leave the head what it is; ``...``: any.
 _INERT: dict[str, tuple[Any, ...]] = {
   "sliding_window": (None,),
-  "use_sliding_window": (False, None),
+  "use_sliding_window": (False,),
   "max_window_layers": (...,),
   "target_model_type": (...,),
   "speculative_algorithm": (...,),
@@ -191,10 +216,8 @@ def read_layer(opened: Opened, fields: Mapping[str, Any], family: str) -> Any:
   if types is not None and any(t != "full_attention" for t in types):
     raise opened.wrong(f"has layers of types {types}; only full_attention is supported")
   if family == "llama":
-    for name, allowed in _INERT.items():
-      value = rest.pop(name, None)
-      if value is not None and ... not in allowed and value not in allowed:
-        raise opened.wrong(f"{name}={value!r} is not supported; only {allowed[0]!r} is")
+    only(opened, rest, _INERT)
+    rest = {k: v for k, v in rest.items() if k not in _INERT}
   try:
     config = config_from_hf({**rest, "model_type": family})
   except UserError as error:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdec.io.drafters.layout import Layout, Opened, Stored, read_vocabulary, sizes
+from jaxdec.io.drafters.layout import Layout, Opened, Stored, only, read_vocabulary, sizes
 
 ORIGINAL_FILE = "medusa_lm_head.safetensors"
 
@@ -46,15 +46,10 @@ def _drafter(opened: Opened, target: Any, options: dict[str, Any], heads: int, b
 
 def _read(opened: Opened, target: Any, options: dict[str, Any]) -> Any:
   fields = opened.fields
-  wanted = {
-    "hidden_size": ("width", target.dim),
-    "vocab_size": ("vocabulary", target.vocab_size),
-  }
-  sizes(opened, target, wanted)
+  sizes(opened, fields, target)
   if fields.get("original_lm_head"):
     raise opened.wrong("has one LM head for all its heads (original_lm_head); ours need one each")
-  if fields.get("logit_scale", 1.0) != 1.0:
-    raise opened.wrong(f"logit_scale={fields['logit_scale']!r} is not supported; only 1.0 is")
+  only(opened, fields, {"logit_scale": (1.0,)})
   if not fields.get("medusa_fc_bias", False):
     raise opened.wrong("its blocks have no bias (medusa_fc_bias is not true), and ours have one")
   heads = fields.get("num_heads", fields.get("medusa_num_heads", 5))

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxdec.io.drafters import dflash, eagle, eagle3
-from jaxdec.io.drafters.layout import Layout, Opened, vocabulary_tensors
+from jaxdec.io.drafters.layout import Layout, Opened, only, sizes, vocabulary_tensors
 from jaxdec.io.hf_families import FAMILIES
 
 # What an absent field means: the defaults of transformers' LlamaConfig and Qwen3Config.
@@ -41,19 +41,16 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _layer(opened: Opened, target: Any, family: str) -> dict[str, Any]:
-  """The nested configuration, complete and checked against the target."""
+def _layer(opened: Opened, target: Any, families: tuple[str, ...]) -> dict[str, Any]:
+  """The nested configuration, of one of these families, complete and checked against the target."""
   given = opened.fields.get("transformer_layer_config")
   if not isinstance(given, Mapping):
     raise opened.wrong("config.json has no transformer_layer_config")
   found = given.get("model_type", "llama")
-  if found != family:
-    raise opened.wrong(f"its layer is a {found!r} layer; only {family!r} is supported here")
-  layer = {**_DEFAULTS[family], **given}
-  here = {"hidden_size": ("width", target.dim), "vocab_size": ("vocabulary", target.vocab_size)}
-  wrong = [f"{w} {layer[f]} against {v}" for f, (w, v) in here.items() if layer[f] != v]
-  if wrong:
-    raise opened.wrong(f"was made for another target: {', '.join(wrong)} in this model")
+  if found not in families:
+    raise opened.wrong(f"its layer is a {found!r} layer; only {families[0]!r} is supported here")
+  layer = {**_DEFAULTS[found], **given}
+  sizes(opened, layer, target)
   return layer
 
 
@@ -103,7 +100,7 @@ def _read_eagle3(opened: Opened, target: Any, options: dict[str, Any]) -> Any:
   # The format's own default is False, vLLM's is True: a head that doesn't say can't be trusted.
   if "norm_before_residual" not in opened.fields:
     raise opened.wrong("config.json doesn't say norm_before_residual; add what it was trained with")
-  layer = _layer(opened, target, "llama")
+  layer = _layer(opened, target, ("llama",))
   return eagle3.head(opened, opened.fields, layer, target, _options(opened, options))
 
 
@@ -136,7 +133,7 @@ EAGLE3 = Layout(
 def _read_eagle(opened: Opened, target: Any, options: dict[str, Any]) -> Any:
   if opened.fields.get("layernorms"):
     raise opened.wrong("has additional norms (layernorms is true), which our heads don't have")
-  layer = _layer(opened, target, "llama")
+  layer = _layer(opened, target, ("llama",))
   bias = bool(opened.fields.get("fusion_bias", False))
   return eagle.head(opened, layer, bias, target, _options(opened, options))
 
@@ -169,17 +166,15 @@ EAGLE = Layout(
 # DFlash. The format saves copies of the target's head and norm beside the drafter.
 
 _VARIANTS: dict[str, tuple[Any, ...]] = {
-  "projector_type": ("dflash", None),
-  "shift_label": (False, None),
-  "sample_from_anchor": (False, None),
+  "projector_type": ("dflash",),
+  "shift_label": (False,),
+  "sample_from_anchor": (False,),
 }
 
 
 def _read_dflash(opened: Opened, target: Any, options: dict[str, Any]) -> Any:
   fields = opened.fields
-  for name, allowed in _VARIANTS.items():
-    if fields.get(name) not in allowed:
-      raise opened.wrong(f"{name}={fields[name]!r} is not supported; only {allowed[0]!r} is")
+  only(opened, fields, _VARIANTS)
   if fields.get("draft_vocab_size") not in (None, target.vocab_size):
     raise opened.wrong(
       f"has an LM head of its own over {fields['draft_vocab_size']} tokens; DFlash drafters use "
@@ -187,7 +182,7 @@ def _read_dflash(opened: Opened, target: Any, options: dict[str, Any]) -> Any:
     )
   return dflash.head(
     opened,
-    _layer(opened, target, "qwen3"),
+    _layer(opened, target, ("qwen3",)),
     target,
     options,
     captured=fields.get("aux_hidden_state_layer_ids") or [],
