@@ -96,8 +96,8 @@ class LM:
       max_new_tokens: never exceeded.
       temperature: 0 is greedy. top_k, top_p, min_p: filters of the law.
       drafter: None, a built-in name, the folder of a distilled run, of a draft head in a layout of
-        ``jaxdec.io.drafters`` or of a small decoder, another ``LM`` with the same vocabulary, or a
-        ``Drafter`` (with ``drafter_params`` if trained).
+        ``jaxdec.io.drafters``, of a datastore or of a small decoder, another ``LM`` with the same
+        vocabulary, or a ``Drafter`` (with ``drafter_params`` if it has parameters).
       rule: verification rule; ``match`` is exact for every drafter.
       stop: ``...`` the model's EOS ids; ids or strings are added to them; None never stops early.
       seed: row i draws from ``fold_in(seed, i)``; a list gives each row its own.
@@ -157,6 +157,10 @@ class LM:
       if os.sep in str(spec) or folder.exists():
         raise UserError(f"drafter folder '{spec}' does not exist; give a distilled run's folder")
       return get(str(spec)), None
+    if (folder / "datastore.json").is_file():
+      from jaxdec.io.datastore import load_datastore
+
+      return load_datastore(folder, self.tokenizer, self.config.vocab_size)
     if (folder / "config.json").is_file() and not (folder / CONFIG_FILE).is_file():
       if find_layout(folder) is not None:
         return read_drafter(folder, self.config, params=self.params)

@@ -21,13 +21,14 @@ TRAINED = (
   "falcon", "clover", "clover2", "ppd", "masked_mtp", "hidden_transfer", "specvlm",
   "vispec", "flash",
 )  # fmt: skip
+_DRAFTER_FILES = ("drafter.json", "config.json", "datastore.json")
 MESH_AXES = ("data", "fsdp", "tensor", "seq", "dcn_data", "dcn_fsdp")
 
 _AT_LEAST = {
   "max_new_tokens": 1, "steps": 1, "batch_size": 1, "seq_len": 2, "prompts": 1, "num_prompts": 1,
   "repeats": 1, "draws": 100, "num_heads": 1, "tree_nodes": 2,
   "checkpoint_every": 1, "cache_length": 1, "log_every": 1, "top_k": 1, "shards": 1,
-  "prompt_tokens": 1, "num_processes": 1, "acceptance_every": 1,
+  "prompt_tokens": 1, "num_processes": 1, "max_tokens": 1, "acceptance_every": 1,
 }  # fmt: skip
 
 
@@ -56,6 +57,8 @@ def check(config: Any) -> None:
     prompts = texts(fields.get("prompt", ()), fields.get("prompts"), needed="prompt" in fields)
   if fields.get("data") is not None:
     _data(fields["data"])
+  if "split" in fields:
+    _datastore(fields)
   if fields.get("runs") == ():
     raise UserError("no run folder; write `jaxdec plot runs/a runs/b`")
   for run in fields.get("runs", ()):
@@ -71,6 +74,18 @@ def check(config: Any) -> None:
     if "work_dir" not in fields:
       for name in (fields.get("drafters") or fields.get("drafter") or "").split(","):
         drafter_fits(name.strip(), folder)
+
+
+def _datastore(fields: dict[str, Any]) -> None:
+  if "*" in fields["data"]:
+    raise UserError(
+      f"a datastore is built from one source, got the mixture {fields['data']!r}; name one"
+    )
+  folder = Path(fields["output"]).expanduser()
+  if folder.is_dir() and any(folder.iterdir()):
+    raise UserError(
+      f"folder {fields['output']!r} is not empty and is left as it is; give a new folder"
+    )
 
 
 def _layout(name: str) -> None:
@@ -194,10 +209,10 @@ def _drafter_folder(folder: Path) -> None:
     raise UserError(
       f"{str(folder)!r} holds a run that has not finished; the command that began it resumes it"
     )
-  if not any((folder / name).is_file() for name in ("drafter.json", "config.json")):
+  if not any((folder / name).is_file() for name in _DRAFTER_FILES):
     raise UserError(
-      f"{str(folder)!r} holds no drafter (no drafter.json); give the folder of a distilled run or "
-      "of a small model"
+      f"{str(folder)!r} holds no drafter (no drafter.json); give the folder of a distilled run, "
+      "of a datastore or of a small model"
     )
 
 

@@ -215,6 +215,32 @@ def convert(config: configs.Convert) -> int:
   return 0
 
 
+def datastore(config: configs.Datastore) -> int:
+  from jaxdec import lm
+  from jaxdec.data.mixture import load_source
+  from jaxdec.io.datastore import build_datastore, save_datastore
+  from jaxdec.io.tokenizers import load_tokenizer
+
+  tokenizer = load_tokenizer(lm.TINY if config.model == "tiny" else Path(config.model).expanduser())
+  split = config.split or ("train" if config.data == "python_stdlib" else "all")
+  corpus = load_source(config.data, split, tokenizer)
+  documents, left = [], config.max_tokens
+  for number in range(len(corpus)):
+    if left <= 0:
+      break
+    documents.append(corpus[number][:left])
+    left -= len(documents[-1])
+  params = build_datastore(documents)
+  extra = {"data": config.data, "split": split, "documents": len(documents)}
+  save_datastore(config.output, params, tokenizer, extra)
+  cut = "" if left > 0 else f" (cut at --max-tokens {config.max_tokens:,})"
+  print(
+    f"indexed {len(params['order']):,} tokens of {len(documents):,} documents{cut}; draft from "
+    f"them with\n  jaxdec generate --model {config.model} --drafter {config.output} --prompt ..."
+  )
+  return 0
+
+
 def plan(config: configs.Plan) -> int:
   from jaxdec.cli.planning import run
 

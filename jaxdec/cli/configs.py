@@ -181,6 +181,23 @@ class Convert:
 
 
 @dataclasses.dataclass(frozen=True)
+class Datastore:
+  """Index text, so that drafts are retrieved from it (generate --drafter OUTPUT)."""
+
+  output: tyro.conf.Positional[str]
+  """Folder to write."""
+  data: str = "python_stdlib"
+  """python_stdlib, a folder (or file) of .txt, .py, .md or .jsonl, conversations, or what
+  `jaxdec regenerate` wrote."""
+  split: Literal["train", "validation", "test", "all"] | None = None
+  """Part of the data; by default train of python_stdlib and all of anything else."""
+  model: str = "tiny"
+  """Folder whose tokenizer is used, or 'tiny'; the datastore serves models with that tokenizer."""
+  max_tokens: int = 10_000_000
+  """Tokens indexed at most, the first documents; 8 bytes each, on disk and on the device."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Train:
   """Train the language model of a configuration file, or resume what its folder holds."""
 
@@ -309,6 +326,7 @@ COMMANDS: dict[str, type] = {
   "distill": Distill,
   "regenerate": Regenerate,
   "convert": Convert,
+  "datastore": Datastore,
   "bench": Bench,
   "verify": Verify,
   "plot": Plot,

@@ -7,6 +7,7 @@ from jaxdec.drafting.chimera import Chimera
 from jaxdec.drafting.clover import Clover2
 from jaxdec.drafting.clover1 import Clover
 from jaxdec.drafting.combined import Combined
+from jaxdec.drafting.datastore import Datastore
 from jaxdec.drafting.dflash import DFlash
 from jaxdec.drafting.dovetail import Dovetail
 from jaxdec.drafting.draft_model import DraftModel
@@ -70,6 +71,7 @@ __all__ = [
   "Context",
   "DFlash",
   "DSpark",
+  "Datastore",
   "Dovetail",
   "DraftModel",
   "DraftVocabulary",

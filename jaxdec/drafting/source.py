@@ -60,3 +60,11 @@ class Source(Drafter):
   def has_draft(self, params, state, context):
     rng = jax.random.key(0)  # whether there is a guess must not depend on noise
     return jnp.any(self.candidates(params, state, context, rng).valid, axis=(1, 2))
+
+
+def recent_tokens(
+  history: Int[Array, "B S"], size: Int[Array, "B"], count: int
+) -> Int[Array, "B D"]:
+  """The last ``count`` of ``size`` tokens, newest first; before the beginning -2, no token."""
+  back = size[:, None] - 1 - jnp.arange(count)
+  return jnp.where(back >= 0, jnp.take_along_axis(history, jnp.maximum(back, 0), axis=1), -2)

@@ -31,7 +31,7 @@ from jaxtyping import Array, Bool, Int
 
 from jaxdec.drafting.counted import TIE, Counted, counted_path, counted_tree
 from jaxdec.drafting.selection import top_k
-from jaxdec.drafting.source import Candidates, Source
+from jaxdec.drafting.source import Candidates, Source, recent_tokens
 from jaxdec.errors import UserError
 
 _LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 63)  # match lengths tried
@@ -180,7 +180,7 @@ class Suffix(Source):
 
   def candidates(self, params, state, context, rng):
     size = context.length + 1
-    recent = _recent(context.history, size, self.context)
+    recent = recent_tokens(context.history, size, self.context)
     index = jnp.arange(context.history.shape[1])
     request = jnp.where(index < size[:, None], 0, -1)
     matched = match_lengths(context.history, request, recent, index < size[:, None] - 1)
@@ -227,15 +227,9 @@ class Suffix(Source):
     size = context.length[:, None] + 1
     index = jnp.arange(context.history.shape[1])
     request = jnp.where(index < size, 0, -1)
-    recent = _recent(context.history, size[:, 0], self.lengths[0] + 1)
+    recent = recent_tokens(context.history, size[:, 0], self.lengths[0] + 1)
     matched = match_lengths(context.history, request, recent, index < size - 1)
     return jnp.max(matched, axis=1) >= self.lengths[0]
-
-
-def _recent(history: Int[Array, "B S"], size: Int[Array, "B"], count: int) -> Int[Array, "B D"]:
-  """The last ``count`` tokens, newest first; -1 before the beginning."""
-  back = size[:, None] - 1 - jnp.arange(count)
-  return jnp.where(back >= 0, jnp.take_along_axis(history, jnp.maximum(back, 0), axis=1), -1)
 
 
 def match_lengths(
@@ -255,7 +249,7 @@ def match_lengths(
   """
   longest, width = recent.shape[1] - 1, tokens.shape[1]
   before = lambda x, fill: jnp.pad(x, ((0, 0), (longest, 0)), constant_values=fill)  # noqa: E731
-  texts, requests = before(tokens, -2), before(request, -1)
+  texts, requests = before(tokens, -1), before(request, -1)
   shifted = lambda x, j: jax.lax.dynamic_slice_in_dim(x, longest - j, width, axis=1)  # noqa: E731
 
   def more(carry):

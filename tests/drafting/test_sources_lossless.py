@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import functools
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxdec.decoding import Sampler, generate
-from jaxdec.drafting import Combined, PromptLookup, Suffix, TokenRecycling
+from jaxdec.drafting import Combined, Datastore, PromptLookup, Suffix, TokenRecycling
+from jaxdec.io.datastore import build_datastore
 from tests.decoding.targets import target
 
 # A ragged batch: nothing to look up, something, and a text that repeats itself.
@@ -24,7 +27,16 @@ SOURCES = {
     Combined(sources=(Suffix(num_drafts=6), TokenRecycling(size=12)), size=8),
     None,
   ),
+  "datastore": lambda: (Datastore(num_drafts=6, shortest=1), store()),
 }
+
+
+def store():
+  """The prompts, noise, and runs of each token: what the targets write now and then."""
+  rng = np.random.default_rng(0)
+  corpus = [np.asarray([*p, *rng.integers(0, 13, 60)]) for p in PROMPTS]
+  corpus.append(np.repeat(np.arange(13), 5))
+  return {k: jnp.asarray(v) for k, v in build_datastore(corpus).items()}
 
 
 @functools.cache
