@@ -26,6 +26,8 @@ from jaxdec.io.drafters.speculators import SPECULATORS
 LAYOUTS: dict[str, Layout] = {
   layout.name: layout for layout in (*SPECULATORS, MEDUSA, MEDUSA_ORIGINAL, EAGLE3, EAGLE, DFLASH)
 }
+# Fields that only drafters have, so that weights we don't read are not taken for a model's.
+_MARKS = {"speculators_model_type", "medusa_num_heads", "draft_vocab_size", "dflash_config"}
 _COMPARED = 64  # rows of an embedding table stored with a head that are compared with the target's
 __all__ = ["LAYOUTS", "Layout", "find_layout", "read_drafter", "write_drafter"]
 
@@ -43,7 +45,7 @@ def find_layout(folder: str | os.PathLike) -> Layout | None:
   try:
     files = _files(path)
   except UserError:
-    if "speculators_model_type" in fields or fields.get("model_type") == "medusa":
+    if _MARKS & set(fields) or fields.get("model_type") == "medusa":
       raise
     return None
   algorithm = fields.get("speculators_model_type")

@@ -172,6 +172,19 @@ _VARIANTS: dict[str, tuple[Any, ...]] = {
 }
 
 
+def _dflash_layer(opened: Opened, target: Any) -> dict[str, Any]:
+  """The layers are Qwen3's, whatever class their configuration has and takes absent fields from."""
+  layer = _layer(opened, target, ("qwen3", "llama"))
+  if layer.get("model_type", "llama") == "qwen3":
+    return layer
+  only(opened, layer, {"mlp_bias": (False,)})
+  layer.setdefault("head_dim", layer["hidden_size"] // layer["num_attention_heads"])
+  if layer.get("rope_parameters") is None:
+    layer.setdefault("rope_theta", 10000.0)
+  # The window's length is there even where ``layer_types`` give no layer a window.
+  return {k: v for k, v in layer.items() if k not in ("mlp_bias", "sliding_window")}
+
+
 def _read_dflash(opened: Opened, target: Any, options: dict[str, Any]) -> Any:
   fields = opened.fields
   only(opened, fields, _VARIANTS)
@@ -182,10 +195,10 @@ def _read_dflash(opened: Opened, target: Any, options: dict[str, Any]) -> Any:
     )
   return dflash.head(
     opened,
-    _layer(opened, target, ("qwen3",)),
+    _dflash_layer(opened, target),
     target,
     options,
-    captured=fields.get("aux_hidden_state_layer_ids") or [],
+    captured=fields.get("aux_hidden_state_layer_ids") or eagle3.default_captures(target),
     block_size=fields.get("block_size", 8),
     mask_token=fields.get("mask_token_id"),
   )
