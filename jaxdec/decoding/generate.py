@@ -6,17 +6,19 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxdec.decoding import loop
-from jaxdec.decoding.cache import capacity_for
+from jaxdec.decoding import prepack as packing
+from jaxdec.decoding import shared_prefix as shared
+from jaxdec.decoding.cache import bucket, capacity_for
 from jaxdec.decoding.executables import compile_seconds
 from jaxdec.decoding.profile import shares
-from jaxdec.decoding.request import TextCodec, check, parse_prefix, parse_prompts, parse_stops
+from jaxdec.decoding.request import TextCodec, check, parse_prefix, parse_stops
 from jaxdec.decoding.sampling import Sampler, request_keys
 from jaxdec.decoding.stats import Stats, acceptance
 from jaxdec.decoding.text import RowText
@@ -69,8 +71,8 @@ def generate(
     prompts: list of texts or token-id lists, of any lengths.
     stream: called with every ``Piece`` as it comes; the pieces are exactly the final tokens.
     options: keywords of ``generate_stream``, where they are explained: max_new_tokens, sampler,
-      drafter, drafter_params, drafter_state, rule, stop, seed, tokenizer, prefix, prefill_chunk,
-      interval, profile.
+      drafter, drafter_params, drafter_state, rule, stop, seed, tokenizer, prefix, shared_prefix,
+      prepack, prefill_chunk, interval, profile.
 
   Returns:
     Generation.
@@ -105,6 +107,8 @@ def generate_stream(
   seed: int | list[int] = 0,
   tokenizer: TextCodec | None = None,
   prefix: Any = None,
+  shared_prefix: Any = None,
+  prepack: bool | Literal["auto"] = False,
   prefill_chunk: int | None = None,
   interval: int | None = 4,
   profile: bool = False,
@@ -125,6 +129,12 @@ def generate_stream(
     prefix: embeddings in place of some of the prompts' tokens, such as an image's: for each prompt
       None or ``(start, values [n, D])``, which stands for its tokens ``start .. start + n - 1``
       (any ids, such as the model's image token). What the model would read there, unscaled.
+    shared_prefix: what several prompts begin with, read and kept once, the same text with less
+      work: a text or token ids, which come before every prompt; True: the common beginning of the
+      prompts, where it is long; or a list of levels of prefixes that branch, each a list whose
+      entries serve equal numbers of consecutive prompts. See ``jaxdec.decoding.shared_prefix``.
+    prepack: read prompts of mixed lengths packed into rows, in one pass, in place of padding them;
+      "auto": where that at least halves the work. See ``jaxdec.decoding.prepack``.
     prefill_chunk: bound on the tokens read per prefill pass.
     interval: target passes between pieces; None: as few pieces as possible.
     profile: measure the shares of drafting and verifying after decoding (compiles three more
@@ -132,7 +142,7 @@ def generate_stream(
   """
   config = model.config
   drafter, rule = get_drafter(drafter), get_rule(rule)
-  prompts = parse_prompts(prompts, config, tokenizer)
+  prompts, sharing = shared.parse(shared_prefix, prompts, config, tokenizer)
   stops = parse_stops(stop, config, tokenizer)
   check(prompts, max_new_tokens, config, seed, drafter, drafter_params, rule, sampler)
   prefix = parse_prefix(prefix, prompts, config)
@@ -140,6 +150,19 @@ def generate_stream(
     raise UserError("decoding needs the unrolled layout; convert with jaxdec.models.unstack_layers")
   if prefill_chunk is not None and prefill_chunk < 1:
     raise UserError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
+  if prepack not in (True, False, "auto"):
+    raise UserError(f"prepack must be True, False or 'auto', got {prepack!r}")
+  if prefix is not None and (prepack is True or sharing is not None):
+    raise UserError("prefix embeddings go with neither prepack nor shared_prefix; leave one out")
+  if sharing is not None and prepack is True:
+    raise UserError("prompts behind a shared prefix can't be packed; leave out prepack")
+  if sharing is not None and drafter is not None and drafter.needs_prompt_hidden:
+    if shared_prefix is not True:
+      raise UserError(
+        f"drafter {drafter.name!r} reads the target's states of every prompt token, and those of a "
+        "shared prefix are not kept; leave out shared_prefix"
+      )
+    sharing = None
   return _run(
     model,
     params,
@@ -154,6 +177,8 @@ def generate_stream(
     seed,
     tokenizer,
     prefix,
+    sharing,
+    prepack,
     prefill_chunk,
     interval,
     profile,
@@ -174,6 +199,8 @@ def _run(
   seed,
   tokenizer,
   prefix,
+  sharing,
+  prepack,
   prefill_chunk,
   interval,
   profile,
@@ -183,7 +210,10 @@ def _run(
   batch, longest = len(prompts), max(map(len, prompts))
   chunk = choose_chunk(longest, prefill_chunk)
   nodes, depth = (drafter.num_nodes, drafter.max_depth) if drafter else (1, 0)
-  capacity = capacity_for(padded(longest, chunk), longest, max_new_tokens, nodes, depth)
+  if prepack == "auto":
+    prepack = prefix is None and sharing is None and packing.pays(prompts, padded(longest, chunk))
+  room = bucket(longest) if prepack else padded(longest, chunk)
+  capacity = capacity_for(room, longest, max_new_tokens, nodes, depth)
   history = np.zeros((batch, capacity), np.int32)
   for i, prompt in enumerate(prompts):
     history[i, : len(prompt)] = prompt
@@ -205,9 +235,26 @@ def _run(
     keep = chunk * (1 << (padded(longest, chunk) // chunk - 1).bit_length())
     keep = min(keep, capacity // chunk * chunk)
   clock.lap()
-  state, output = loop.prefill(
-    params, history, lengths, prefix, model=model, chunk=chunk, capture=capture, keep=keep
-  )
+  if sharing is not None:
+    own = max(len(p) - len(sharing.of(i, batch)) for i, p in enumerate(prompts))
+    room = padded(own, choose_chunk(own, prefill_chunk))
+    state, output = shared.prefill(
+      params,
+      prompts,
+      sharing,
+      model=model,
+      capacity=capacity_for(room, own, max_new_tokens, nodes, depth),
+      chunk=prefill_chunk,
+      capture=capture,
+    )
+  elif prepack:
+    state, output = packing.prefill(
+      params, prompts, model=model, capacity=capacity, capture=capture, keep=keep
+    )
+  else:
+    state, output = loop.prefill(
+      params, history, lengths, prefix, model=model, chunk=chunk, capture=capture, keep=keep
+    )
   warm = None if drafter_state is None else jax.tree.map(jnp.copy, drafter_state)
   carry = loop.begin(
     params,

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxdec.mixers.base import Topology, write_rows
+from jaxdec.errors import UserError
+from jaxdec.mixers.base import Packing, Topology, write_rows
 from jaxdec.mixers.norms import Dense, NormConfig, RMSNorm
 from jaxdec.mixers.rope import RopeConfig, apply_rope
 from jaxdec.parallel.sequence import SequenceConfig, sharded
@@ -58,16 +59,34 @@ class AttentionConfig:
 
 
 @struct.dataclass
+class SharedKV:
+  """Keys and values of texts that rows share, held once: group g serves the next B / G rows."""
+
+  k: Float[Array, "G K P H"]
+  v: Float[Array, "G K P H"]
+  length: Int[Array, "G"]
+
+
+@struct.dataclass
 class KVState:
   """Keys and values by absolute position; slots at and beyond ``length`` hold no meaning.
 
   Heads come before slots: both products then read the cache as it lies. With slots first XLA:CPU
   transposed the whole cache in every layer of every step.
+
+  ``shared``: what rows have in common, coarse to fine; slot 0 is the position after it.
   """
 
   k: Float[Array, "B K S H"]
   v: Float[Array, "B K S H"]
   length: Int[Array, "B"]
+  shared: tuple[SharedKV, ...] = ()
+
+  @property
+  def own(self) -> Int[Array, "B"]:
+    """Live slots of each row: tokens that are not in ``shared``."""
+    rows = self.length.shape[0]
+    return self.length - sum(jnp.repeat(s.length, rows // s.length.shape[0]) for s in self.shared)
 
 
 @struct.dataclass
@@ -178,6 +197,11 @@ class Attention(nn.Module):
 
   def _attend_state(self, q, k, v, state, positions, among):
     """Queries at ``positions`` over (cache, new tokens); ``among [B,T,T]`` rules the new ones."""
+    if state.shared:
+      raise UserError(
+        "this drafter reads the target's cache directly, which holds no shared prefix; leave out "
+        "shared_prefix, or take another drafter"
+      )
     c, capacity = self.config, state.k.shape[2]
     slots = jnp.arange(capacity)[None]
     cached = visible(positions, slots, c.window) & (slots < state.length[:, None])[:, None]
@@ -192,8 +216,9 @@ class Attention(nn.Module):
     """New tokens or tree nodes over (cache, themselves); the cache is read as it lies."""
     c = self.config
     return tree_attention(
-      q, state.k, state.v, state.length, k, v, ancestors,
+      q, state.k, state.v, state.own, k, v, ancestors,
       depth=depth, scale=c.scale, window=c.window, logit_cap=c.logit_cap, cache_layout="BKSH",
+      prefix=tuple((s.k, s.v, s.length) for s in state.shared),
     )  # fmt: skip
 
   def extend(self, x, state, positions):
@@ -206,12 +231,28 @@ class Attention(nn.Module):
     # program's order says so it may write first, and then copies the whole cache (XLA:CPU: four
     # times a layer and step; an optimization barrier is gone by then). Hence a start that depends
     # on the output; 0 * x is not folded for floats.
-    start = state.length + (0 * out[:, 0, 0, 0]).astype(jnp.int32)
+    start = state.own + (0 * out[:, 0, 0, 0]).astype(jnp.int32)
     added = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
-    state = KVState(
-      write_rows(state.k, k, start, axis=2),
-      write_rows(state.v, v, start, axis=2),
-      state.length + added,
+    state = state.replace(
+      k=write_rows(state.k, k, start, axis=2),
+      v=write_rows(state.v, v, start, axis=2),
+      length=state.length + added,
+    )
+    return self._output(out, x), state
+
+  def read_packed(self, x, state, packing: Packing):
+    q, k, v = self._project(x, packing.positions)
+    c = self.config
+    out = sharded.attention(
+      q, k, v,
+      segment_ids=packing.segment_ids, window=c.window, logit_cap=c.logit_cap, scale=c.scale,
+      config=self.sequence,
+    )  # fmt: skip
+    k, v = (heads_first(packing.unpack(y)).astype(state.k.dtype) for y in (k, v))
+    state = state.replace(
+      k=jax.lax.dynamic_update_slice_in_dim(state.k, k, 0, axis=2),
+      v=jax.lax.dynamic_update_slice_in_dim(state.v, v, 0, axis=2),
+      length=state.length + packing.length,
     )
     return self._output(out, x), state
 
@@ -224,9 +265,11 @@ class Attention(nn.Module):
   def commit(self, state, pending, path, count):
     def write(buffer, nodes):
       return write_rows(
-        buffer, jnp.take_along_axis(nodes, path[:, None, :, None], axis=2), state.length, axis=2
+        buffer, jnp.take_along_axis(nodes, path[:, None, :, None], axis=2), state.own, axis=2
       )
 
-    return KVState(
-      write(state.k, pending.k), write(state.v, pending.v), state.length + count.astype(jnp.int32)
+    return state.replace(
+      k=write(state.k, pending.k),
+      v=write(state.v, pending.v),
+      length=state.length + count.astype(jnp.int32),
     )

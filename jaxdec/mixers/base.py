@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sequence-mixer contract: one interface for attention, linear attention and hybrids.
 
-A mixer is a thin Flax module around pure functions. It has four ways in and one state type:
+A mixer is a thin Flax module around pure functions. It has five ways in and one state type:
 
   ==================================  ======================================  =====================
   call                                input -> output                         used by
@@ -11,6 +11,8 @@ A mixer is a thin Flax module around pure functions. It has four ways in and one
   ``mixer.verify(x, state, topo)``    ``[B,M,D], State -> [B,M,D], Pending``  draft trees; pure
   ``mixer.commit(state, pending,      ``-> State``                            keep the accepted path
   path, count)``
+  ``mixer.read_packed(x, state,       ``[R,T,D] -> [R,T,D], State of B``      ragged prefill
+  packing)``
   ==================================  ======================================  =====================
 
 Conventions shared by every mixer:
@@ -22,6 +24,8 @@ Conventions shared by every mixer:
   (padding included), because a clamped write would overwrite live keys.
 * ``verify``: node ``i`` sits at position ``length + depth[i]``; node 0 (the root, the last emitted
   token) is not in the state yet. Nodes a drafter marks invalid are computed like the others.
+* ``read_packed(x, state, packing)``: ``extend`` of an empty state by prompts that lie packed in
+  rows, see ``Packing``.
 * ``commit``: ``path [B,P]`` holds node ids, root first; the first ``count [B]`` of them are kept
   (``0 <= count <= P``; 0 leaves the row as it was). ``length`` grows by ``count``.
 
@@ -55,6 +59,41 @@ class Topology:
   ancestors: Bool[Array, "B M M"]
 
 
+@struct.dataclass
+class Packing:
+  """Where B prompts lie in R rows of T slots, one after the other.
+
+  Attributes:
+    positions: of each slot in its prompt. segment_ids: the prompt of each slot; -1: none.
+    row, offset, length: of each prompt.
+    width: W, the longest prompt at most.
+  """
+
+  positions: Int[Array, "R T"]
+  segment_ids: Int[Array, "R T"]
+  row: Int[Array, "B"]
+  offset: Int[Array, "B"]
+  length: Int[Array, "B"]
+  width: int = struct.field(pytree_node=False)
+
+  @property
+  def valid(self) -> Bool[Array, "B W"]:
+    """Which entries of ``unpack`` hold a token."""
+    return jnp.arange(self.width) < self.length[:, None]
+
+  def unpack(self, x: Array) -> Array:
+    """``[R,T,...] -> [B,W,...]``: one row a prompt; slots of others beyond its length."""
+    slots = x.shape[0] * x.shape[1]
+    start = self.row * x.shape[1] + self.offset
+    index = jnp.minimum(start[:, None] + jnp.arange(self.width), slots - 1)
+    return x.reshape(slots, *x.shape[2:])[index]
+
+  def pack(self, x: Array) -> Array:
+    """``[B,W,...] -> [R,T,...]``, the inverse (anything in slots that hold no token)."""
+    index = jnp.maximum(self.segment_ids, 0) * self.width + self.positions
+    return x.reshape(-1, *x.shape[2:])[index]
+
+
 class Mixer(Protocol):
   """What a decoder block asks of a sequence mixer (see the module docstring)."""
 
@@ -67,6 +106,8 @@ class Mixer(Protocol):
   def verify(self, x: Array, state: State, topology: Topology) -> tuple[Array, Pending]: ...
 
   def commit(self, state: State, pending: Pending, path: Array, count: Array) -> State: ...
+
+  def read_packed(self, x: Array, state: State, packing: Packing) -> tuple[Array, State]: ...
 
 
 def ancestors_from_parents(parent: Int[Array, "B M"], max_depth: int) -> Bool[Array, "B M M"]:

@@ -22,7 +22,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from jaxdec.errors import UserError, nearest
-from jaxdec.mixers.base import Topology, gather_nodes
+from jaxdec.mixers.base import Packing, Topology, gather_nodes
 from jaxdec.mixers.delta_tree import tree_delta_rule, tree_short_convolution
 from jaxdec.mixers.gates import init_a_log, init_dt_bias
 from jaxdec.mixers.norms import Dense, NormConfig, RMSNorm
@@ -241,6 +241,12 @@ class GatedDelta(nn.Module):
     count = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
     out, state = self._advance(state, inputs, q, k, v, *self._gates(x), count)
     return self._output(out, x), state
+
+  def read_packed(self, x, state, packing: Packing):
+    inputs, *gates = jax.tree.map(packing.unpack, (self.qkv(x), *self._gates(x)))
+    q, k, v = self._heads(short_convolution(inputs, self.taps, initial=state.tail))
+    out, state = self._advance(state, inputs, q, k, v, *gates, packing.length)
+    return self._output(packing.pack(out), x), state
 
   def verify(self, x, state, topology: Topology):
     inputs = self.qkv(x)

@@ -20,7 +20,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from jaxdec.errors import UserError, nearest
-from jaxdec.mixers.base import Topology, gather_nodes
+from jaxdec.mixers.base import Packing, Topology, gather_nodes
 from jaxdec.mixers.gates import init_a_log, init_dt_bias
 from jaxdec.mixers.linear_tree import leave_out, tree_linear_attention, update_state
 from jaxdec.mixers.norms import Dense, NormConfig, RMSNorm
@@ -270,6 +270,12 @@ class LinearAttention(nn.Module):
     k, v, g = leave_out(k, v, g, valid)
     out, kv = self._recurrence(q, k, v, g, initial_state=state.kv)
     return self._output(out, x), LinearState(kv, state.length + valid.sum(1, dtype=jnp.int32))
+
+  def read_packed(self, x, state, packing: Packing):
+    q, k, v, g = jax.tree.map(packing.unpack, self._project(x, packing.positions))
+    k, v, g = leave_out(k, v, g, packing.valid)
+    out, kv = self._recurrence(q, k, v, g, initial_state=state.kv)
+    return self._output(packing.pack(out), x), LinearState(kv, state.length + packing.length)
 
   def verify(self, x, state, topology: Topology):
     q, k, v, g = self._project(x, state.length[:, None] + topology.depth)

@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdec.mixers import build_mixer
-from jaxdec.mixers.base import Topology
+from jaxdec.mixers.base import Packing, Topology
 from jaxdec.mixers.norms import Dense, NormConfig, RMSNorm
 from jaxdec.models.block_ffn import BlockFFN
 from jaxdec.models.config import BlockFFNConfig, Capture, DecoderConfig, LayerConfig, MLPConfig
@@ -119,6 +119,10 @@ class Block(nn.Module):
 
   def extend(self, x, state, positions):
     mixed, state = self.mixer.extend(self.mixer_norm(x), state, positions)
+    return self._finish(x, mixed), state
+
+  def read_packed(self, x, state, packing):
+    mixed, state = self.mixer.read_packed(self.mixer_norm(x), state, packing)
     return self._finish(x, mixed), state
 
   def verify(self, x, state, topology):
@@ -324,6 +328,22 @@ class Decoder(nn.Module):
       x, layer_state = layer.extend(x, layer_state, positions)
       states.append(layer_state)
     return self._output(x, stream, capture, logits, state=DecoderState(tuple(states)))
+
+  def read_packed(
+    self,
+    tokens: Int[Array, "R T"],
+    state: DecoderState,
+    packing: Packing,
+    *,
+    capture: Capture | tuple[int, ...] = (),
+  ) -> DecoderOutput:
+    """Prompts packed in rows; hidden states and features are packed, ``state`` (empty) is not."""
+    x, stream, states = self.embed(tokens), [], []
+    for layer, layer_state in zip(self.layers, state.layers):
+      stream.append(x)
+      x, layer_state = layer.read_packed(x, layer_state, packing)
+      states.append(layer_state)
+    return self._output(x, stream, capture, False, state=DecoderState(tuple(states)))
 
   def verify(
     self,

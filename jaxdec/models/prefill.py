@@ -58,8 +58,11 @@ def read_prompt(
   capture: Capture | tuple[int, ...] = (),
   keep: int | None = None,
   prefix: Prefix | None = None,
+  start: Int[Array, "B"] | None = None,
 ) -> tuple[DecoderState, Float[Array, "B T D"], tuple[Float[Array, "B T D"], ...]]:
   """Feeds right-padded prompts to an empty state, ``chunk`` tokens at a time.
+
+  With ``start`` the state holds that many tokens already, and the prompts come after them.
 
   The LM head is never run: the caller unembeds the one row it wants.
 
@@ -85,11 +88,12 @@ def read_prompt(
 
   def read(i, carry):
     state, buffers = carry
-    start = i * chunk
-    piece = jax.lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1)
-    position = start + jnp.arange(chunk, dtype=jnp.int32)
+    at = i * chunk
+    piece = jax.lax.dynamic_slice_in_dim(tokens, at, chunk, axis=1)
+    position = at + jnp.arange(chunk, dtype=jnp.int32)
     embeddings = None if prefix is None else prefix.embeddings(position[None])
-    position = jnp.where(position < lengths[:, None], position, -1)
+    valid = position < lengths[:, None]
+    position = jnp.where(valid, position if start is None else position + start[:, None], -1)
     out = model.apply(
       {"params": params}, piece, state, position,
       method="extend", capture=capture, logits=False, embeddings=embeddings,
@@ -98,7 +102,7 @@ def read_prompt(
     def record(buffer, x):
       x = x.astype(buffer.dtype)
       if keep is not None:
-        return jax.lax.dynamic_update_slice_in_dim(buffer, x, start, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(buffer, x, at, axis=1)
       ends_here = (last // chunk == i)[:, None]
       return jnp.where(ends_here, x[rows, last % chunk], buffer[:, 0])[:, None]
 
