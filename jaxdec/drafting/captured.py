@@ -21,7 +21,7 @@ from jaxdec.models.config import DecoderConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CapturedDrafter(SlotReader, TrainedDrafter):
-  """Base of drafters that read captured layers; a subclass gives ``network`` and ``num_caches``.
+  """Base of drafters that read captured layers; a subclass gives ``network`` and ``passes``.
 
   Attributes:
     capture_layers: the layer inputs read (0-based; L: the stream before the final norm).
@@ -56,6 +56,15 @@ class CapturedDrafter(SlotReader, TrainedDrafter):
   def num_caches(self) -> int:
     """Layers that attend."""
     return 1
+
+  @property
+  def passes(self) -> float:
+    """How often training runs the layers and the LM head, for each token."""
+    raise NotImplementedError
+
+  def multiplied(self, params):
+    once = super().multiplied(params["fuse"])
+    return once + self.passes * (super().multiplied(params) - once)
 
   @property
   def _shape(self) -> dict[str, Any]:

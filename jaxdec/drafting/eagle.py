@@ -329,6 +329,13 @@ class FeatureDrafter(LayerDrafter):
   def depth_limit(self) -> int:
     return 1 << 10  # recurrent: no trained limit
 
+  @property
+  def depths_trained(self) -> int:
+    return min(self.rollouts, self.num_heads)
+
+  def multiplied(self, params):
+    return self.depths_trained * super().multiplied(params)
+
   def _apply(self, params, *args, method):
     return self.network.apply({"params": params}, *args, method=method)
 
@@ -350,7 +357,7 @@ class FeatureDrafter(LayerDrafter):
       jax.lax.stop_gradient(embed(target, batch["tokens"], self.dtype)),
       batch["positions"],
       batch["segment_ids"],
-      self.num_heads if rng is None else min(self.rollouts, self.num_heads),
+      self.num_heads if rng is None else self.depths_trained,
       method="rollout",
     )
     return [x[:, : -1 - k] for k, x in enumerate(states, 1)]

@@ -168,6 +168,10 @@ class Eagle3(CapturedDrafter):
     return 1 << 10  # recurrent: no trained limit
 
   @property
+  def passes(self) -> float:
+    return self.num_heads
+
+  @property
   def network(self) -> EagleLayer:
     norms = {name: getattr(self, name) for name in ("fc_norm", "norm_output")}
     return EagleLayer(**self._shape, **norms, norm_before_residual=self.norm_before_residual)

@@ -239,6 +239,10 @@ class PEagle(CapturedDrafter):
     return ChainModel(**self._shape, num_layers=self.num_layers)
 
   @property
+  def passes(self) -> float:
+    return 1 + sum(self.share(j) for j in range(1, self.num_heads))
+
+  @property
   def num_caches(self) -> int:
     return self.num_layers
 

@@ -174,6 +174,15 @@ class TrainedDrafter(Drafter):
     return self.num_heads
 
   @property
+  def depths_trained(self) -> int:
+    """Depths that a step of training computes."""
+    return self.num_heads
+
+  def multiplied(self, params: Params) -> float:
+    """Parameters that each token is multiplied by in training, as often as they are used."""
+    return float(sum(x.size for x in jax.tree.leaves(params)))
+
+  @property
   def takes_trees(self) -> bool:
     """False where it drafts chains only."""
     return True

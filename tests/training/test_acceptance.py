@@ -139,7 +139,8 @@ def test_teachers_by_name(tmp_path, teacher, capsys):
     online = Distill(done.drafter, t.model, t.params)
     apart = Distill(done.drafter, t.model, t.params, runs_target=False)
     flops = [task.flops_per_token(done.params, 16) for task in (online, apart)]
-    assert flops[0] - flops[1] == per_token(t.model.config, 16).forward
+    c = t.model.config
+    assert flops[0] - flops[1] == per_token(c, 16).forward - 2.0 * c.dim * c.vocab_size
     assert "teacher states of" in capsys.readouterr().out
     assert (tmp_path / "run-teacher" / "teacher.json").is_file()
   assert "teacher" not in {thread.name for thread in threading.enumerate()}

@@ -33,7 +33,7 @@ from jaxdec.drafting.medusa import Medusa
 from jaxdec.drafting.static_tree import StaticTree
 from jaxdec.drafting.vocabulary import DraftVocabulary
 from jaxdec.errors import UserError
-from jaxdec.models import Decoder, stack_layers
+from jaxdec.models import Decoder, stack_layers, tiny_llama
 from jaxdec.training import OptimizerConfig, Trainer, TrainerConfig
 from jaxdec.training.tasks.distill import Distill, finish, measure_accuracy
 
@@ -54,6 +54,34 @@ def small_config(**options):
 
 def numpy_batch(seed, rows=2, length=16):
   return {k: np.array(v) for k, v in random_batch(seed, rows, length).items()}
+
+
+@pytest.mark.parametrize(
+  ("kind", "options"),
+  [
+    ("medusa", {"share_head": True}),
+    ("eagle", {}),
+    pytest.param("hass", {"rollouts": 3}, marks=pytest.mark.slow),
+    ("eagle3", {}),
+  ],
+)
+def test_flops_are_those_of_the_compiled_step(kind, options):
+  """Each use of the layers and of the head counts: of the depths trained, not of those measured."""
+  config = tiny_llama(
+    vocab_size=1024, dim=256, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=64,
+    hidden_dim=256, tie_embeddings=True, max_length=128,
+  )  # fmt: skip
+  length, model = 128, Decoder(config)
+  init = lambda: nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))  # noqa: E731
+  drafter = KINDS[kind].for_target(config, num_heads=4, **options)
+  task = Distill(drafter, model, jax.jit(init)()["params"])
+  params = jax.eval_shape(lambda: nn.unbox(task.init(jax.random.key(0))))
+  batch = numpy_batch(0, rows=1, length=length)
+  step = jax.jit(jax.grad(task.loss, has_aux=True))
+  compiled = step.lower(params, task.frozen, batch, jax.random.key(0)).compile()
+  xla = compiled.cost_analysis()["flops"] / length
+  # Not done: the last slots of each depth, and gradients of the first matrices' inputs.
+  assert 0.9 <= xla / task.flops_per_token(params, length) <= 1.1
 
 
 def test_target_stays_bit_identical_and_gets_no_gradient():

@@ -114,12 +114,14 @@ class Distill(Task):
     return one
 
   def flops_per_token(self, params: Params, length: int) -> float:
-    flops = 6.0 * sum(x.size for x in jax.tree.leaves(params))
-    if self.runs_target:
-      flops += per_token(self.model.config, length).forward
-    if getattr(self.drafter, "share_head", False):
+    drafter = self.drafter
+    head = 2.0 * drafter.dim * drafter.vocab_size
+    flops = 6.0 * drafter.multiplied(params)
+    # The target's law is computed in any case, if only from states on disk.
+    flops += per_token(self.model.config, length).forward if self.runs_target else head
+    if getattr(drafter, "share_head", False):
       # Forward, and backward to the states, through the target's head at each depth.
-      flops += 4.0 * self.drafter.num_heads * self.drafter.dim * self.drafter.vocab_size
+      flops += 2.0 * head * drafter.depths_trained
     return flops
 
   @property
