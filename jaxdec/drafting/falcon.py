@@ -27,6 +27,9 @@ up to constants; of the last term we take the expectation over the sample, CE(p,
 lambda fall from 0.45 to 0.1 over the run; a loss doesn't know the step, so lambda is drawn from
 that range every step. The released code calls its LSTM in a way that can't run; batch and time are
 axes of their own here.
+
+That glancing makes a better drafter takes longer runs than the tests': on their counting target it
+is behind ``glance=(0, 0)`` after 100 steps (top-1 by depth 0.86 and 0.90 against 0.93 and 0.97).
 """
 
 from __future__ import annotations

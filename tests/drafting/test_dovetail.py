@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fusion import interaction
 from ranked import assert_drafts_what_training_ranks
-from toy_target import init, randomized, target
+from toy_target import init, logits_by_depth, random_batch, randomized, run, target
 from universal import PATHS, Universal
 
 from jaxdec.drafting.budget import choose_budget
 from jaxdec.drafting.dovetail import Dovetail
+from jaxdec.drafting.eagle import Eagle
 from jaxdec.drafting.objectives import Term
 from jaxdec.drafting.static_tree import StaticTree, expected_tokens, greedy_tree
 from jaxdec.errors import UserError
@@ -60,6 +62,24 @@ def test_gate_open_passes_the_feature_and_shut_the_token():
     g, u, v = parts = fused(strength)
     np.testing.assert_allclose(g, (u + v) / 2 if expected is None else parts[expected], atol=1e-6)
   assert float(jnp.max(jnp.abs(u - v))) > 0.1
+
+
+def test_without_the_fusion_it_is_eagle():
+  """With as many layers; and the fusion alone lets the feature decide what the token adds."""
+  t, batch, options = target(), random_batch(4), {"num_heads": 3, "num_layers": 2}
+  plain, eagle = (
+    Dovetail.for_target(t.model.config, gated=False, **options),
+    Eagle.for_target(t.model.config, **options),
+  )
+  params, output = randomized(init(eagle, t), scale=0.5), run(t, batch)
+  assert jax.tree.structure(init(plain, t)) == jax.tree.structure(params)
+  for ours, theirs in zip(
+    *(logits_by_depth(d, params, t, output, batch) for d in (plain, eagle)), strict=True
+  ):
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+  gated = Dovetail.for_target(t.model.config, **options)
+  assert interaction(plain, params) < 1e-5
+  assert interaction(gated, randomized(init(gated, t), scale=0.5)) > 0.1
 
 
 def test_shape_of_the_drafter():

@@ -234,6 +234,36 @@ def test_glanced_slots_are_fed_their_answers():
     np.testing.assert_allclose(ours[k - 1][1], without[k - 1][1], atol=1e-6)
 
 
+def test_a_drafter_that_copies_is_right_where_it_glances():
+  """What a slot is shown is its own label: states are exact there and only there."""
+  t, batch, at = target(), random_batch(0, rows=2, length=14), (3, 8)
+
+  class Glancing(Falcon):
+    def _glanced(self, params, target, output, states, batch, rng):
+      return jnp.zeros(batch["tokens"].shape, bool).at[1, np.array(at)].set(True)
+
+  drafter = Glancing.for_target(
+    t.model.config, num_heads=2, recurrent=False, fuse_bias=False, dropout=0.0, noise=0.0
+  )
+  params = jax.tree.map(jnp.zeros_like, init(drafter, t))  # the layer adds nothing,
+  params["fc"]["kernel"] = jnp.concatenate([jnp.zeros((32, 32)), jnp.eye(32)])  # f passes
+  output = run(t, batch)
+
+  @jax.jit
+  def misses(params, output):
+    states = drafter.teacher_forced(params, t, output, batch, jax.random.key(0))
+    return [
+      jnp.max(jnp.abs(drafter.predicted(params, x) - output.hidden[:, k:-1]), axis=-1)
+      for k, x in enumerate(states, 1)
+    ]
+
+  for k, miss in enumerate(misses(params, output), 1):
+    # The block that ends with t drafts depth k at its slot t - 2 + k.
+    slot = np.arange(miss.shape[1]) - 2 + k
+    right = np.array([np.zeros(len(slot), bool), np.isin(slot, at)])
+    np.testing.assert_array_equal(np.asarray(miss) < 1e-5, right, err_msg=f"depth {k}")
+
+
 def test_glancing_shows_every_kth_answered_slot_as_often_as_asked():
   rng = np.random.default_rng(0)
   answered = rng.random((3, 40)) < 0.8

@@ -8,7 +8,19 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from toy_target import init, logits_by_depth, loss_of, random_batch, randomized, run, target
+import pytest
+from fusion import interaction
+from lookahead import accuracy, counting, counting_target
+from toy_target import (
+  init,
+  logits_by_depth,
+  loss_of,
+  random_batch,
+  randomized,
+  run,
+  target,
+  train,
+)
 from universal import Universal
 
 from jaxdec.drafting.eagle import Eagle
@@ -90,3 +102,46 @@ def test_the_zero_gate_learns_at_once():
   fspad, params, *_ = pair()
   gradient = _gradient(fspad, params, *data())
   assert np.any(gradient["gate"]["kernel"]) and not np.any(params["gate"]["kernel"])
+
+
+@pytest.mark.parametrize(("sampling", "split"), [(False, True), (True, False), (True, True)])
+def test_each_part_changes_what_it_is_for(sampling, split):
+  """Sampling: the token decides how a feature is read. Split: what the head reads isn't fed on."""
+  t, options = target(), {"num_heads": 2, "noise": 0.0}
+  fspad = Fspad.for_target(t.model.config, sampling=sampling, split=split, **options)
+  params = randomized(init(fspad, t), scale=0.5)
+  own = {"gate": sampling, "up": sampling, "down": sampling, "aligned": split, "read_view": split}
+  assert {name for name in NEW if name in params} == {name for name, on in own.items() if on}
+  mixed = interaction(fspad, params)
+  assert mixed > 0.1 if sampling else mixed < 1e-5
+  batch, output = data()
+
+  @jax.jit
+  def rolled(params):
+    states = fspad.teacher_forced(params, t, output, batch)
+    fed = [fspad.predicted(params, x) for x in states]
+    return fed, [fspad.head(params, t, k, x) for k, x in enumerate(states, 1)]
+
+  fed, logits = rolled(params)
+  if not split:  # one vector for both
+    unembed = t.model.apply({"params": t.params}, fed[0], method="unembed")
+    np.testing.assert_allclose(logits[0], unembed, atol=1e-5)
+    return
+  view = jax.tree.map(lambda x: -x, params["read_view"])
+  other_fed, other_logits = rolled({**params, "read_view": view})
+  for k in range(2):
+    np.testing.assert_array_equal(other_fed[k], fed[k])
+    assert float(jnp.max(jnp.abs(other_logits[k] - logits[k]))) > 0.1
+
+
+@pytest.mark.slow
+def test_each_part_drafts_longer():
+  """EAGLE, with feature sampling, with both: simulated tokens per step at equal steps."""
+  t, lengths = counting_target(hidden=0.0), []
+  for sampling, split in ((False, False), (True, False), (True, True)):
+    drafter = Fspad.for_target(
+      t.model.config, num_heads=2, noise=0.0, sampling=sampling, split=split
+    )
+    params, _ = train(drafter, t, counting, 60, 3e-3)
+    lengths.append(1 + np.sum(np.cumprod(accuracy(drafter, params, t))))
+  assert lengths == sorted(lengths) and lengths[2] > lengths[0] + 0.1, lengths
