@@ -14,7 +14,9 @@ from typing import Any
 from jaxdec.errors import UserError, nearest
 
 # Names of jaxdec.drafting's registry; a test holds the two equal.
-UNTRAINED = ("prompt_lookup", "token_recycling", "suffix", "combined", "early_exit", "del")
+UNTRAINED = (
+  "prompt_lookup", "token_recycling", "suffix", "combined", "aded", "early_exit", "del",
+)  # fmt: skip
 TRAINED = (
   "medusa", "hydra", "hydra++", "eagle", "eagle3", "p_eagle", "dovetail",
   "mtp", "mtp_modules", "fspad", "hass", "dflash", "dspark", "chimera",

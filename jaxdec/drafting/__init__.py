@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who guesses: the drafter contract, draft trees, and the built-in drafters by name."""
 
+from jaxdec.drafting.aded import Aded
 from jaxdec.drafting.base import Accepted, Context, Drafter, Prompt, Target, TargetOutput
 from jaxdec.drafting.budget import choose_budget
 from jaxdec.drafting.chimera import Chimera
@@ -56,6 +57,7 @@ register("prompt_lookup", PromptLookup)
 register("token_recycling", TokenRecycling)
 register("suffix", Suffix)
 register("combined", Combined)
+register("aded", Aded)
 for _kind in KINDS.values():
   register(_kind.name, _kind.from_name)
 
@@ -63,6 +65,7 @@ __all__ = [
   "KINDS",
   "PPD",
   "Accepted",
+  "Aded",
   "Candidates",
   "Chimera",
   "Clover",

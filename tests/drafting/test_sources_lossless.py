@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxdec.decoding import Sampler, generate
-from jaxdec.drafting import Combined, Datastore, PromptLookup, Suffix, TokenRecycling
+from jaxdec.drafting import Aded, Combined, Datastore, PromptLookup, Suffix, TokenRecycling
 from jaxdec.io.datastore import build_datastore
 from tests.decoding.targets import target
 
@@ -27,6 +27,7 @@ SOURCES = {
     Combined(sources=(Suffix(num_drafts=6), TokenRecycling(size=12)), size=8),
     None,
   ),
+  "aded": lambda: (Aded(size=8, slots=256), None),
   "datastore": lambda: (Datastore(num_drafts=6, shortest=1), store()),
 }
 
