@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxdec.drafting.merge import merge_paths, shared_prefixes
+from jaxdec.drafting.merge import shared_prefixes
 from jaxdec.drafting.source import Candidates, Source
 from jaxdec.drafting.suffix import Suffix
 from jaxdec.drafting.token_recycling import TokenRecycling
@@ -55,12 +55,15 @@ class Combined(Source):
   size: M, nodes of the tree, root included.
   rate: weight of the newest observation in the records.
   prior: what records begin with: how slowly the first observations change them.
+  corrects: whether probabilities are corrected by the records; None: where there are several
+    sources. True for one as well where its probabilities matter, not their order alone.
   """
 
   sources: tuple[Source, ...] = (Suffix(), TokenRecycling(size=32))
   size: int = 16
   rate: float = 0.05
   prior: float = 0.5
+  corrects: bool | None = None
 
   name: ClassVar[str] = "combined"
 
@@ -147,10 +150,9 @@ class Combined(Source):
   def candidates(self, params, state, context, rng):
     return self._listed(params, state, context, rng)[0]
 
-  def propose(self, params, state, context, rng):
+  def listed(self, params, state, context, rng):
     found, hope = self._listed(params, state, context, rng)
-    tree = merge_paths(context.root, found.tokens, found.valid, found.weight, self.num_nodes)
-    return tree, state.replace(tokens=found.tokens, valid=found.valid, hope=hope)
+    return found, state.replace(tokens=found.tokens, valid=found.valid, hope=hope)
 
   def _listed(self, params, state, context, rng):
     """All lists as one, each prefix with its corrected probability; and what each source itself
@@ -164,7 +166,7 @@ class Combined(Source):
       first = found.valid & (jnp.argmax(prefix, axis=2) == index)
       before = jnp.pad(found.weight, ((0, 0), (0, 0), (1, 0)), constant_values=1.0)[..., :-1]
       hopes.append(jnp.where(first, found.weight / jnp.where(before > 0, before, 1.0), 0.0))
-      if len(self.sources) > 1:
+      if self.corrects or (self.corrects is None and len(self.sources) > 1):
         record = jnp.cumprod(state.hits[:, k] / jnp.maximum(state.hoped[:, k], _LEAST), axis=-1)
         weight = jnp.minimum(found.weight * record[:, None], 1.0)
         found = found.replace(weight=jax.lax.cummin(weight, axis=2))

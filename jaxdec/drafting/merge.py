@@ -29,19 +29,37 @@ def merge_paths(
       ``[B, R, L]`` what each prefix is worth, such as the probability that it is accepted, never
       growing with j: where paths share a prefix, the largest value counts.
   """
-  tree = jax.vmap(lambda *a: _merge(*a, num_nodes - 1))(
-    tokens, jnp.cumprod(valid, axis=-1).astype(bool), weight
-  )
-  node_tokens, parent, depth, ok = tree
+  return _merged(root, tokens, valid, weight, num_nodes, by_level=True)[0]
+
+
+def rank_paths(
+  root: Int[Array, "B"],
+  tokens: Int[Array, "B R L"],
+  valid: Bool[Array, "B R L"],
+  weight: Float[Array, "B R L"],
+  num_nodes: int,
+) -> tuple[Tree, Float[Array, "B M"]]:
+  """``merge_paths`` with the nodes in the order of their worth, and that worth.
+
+  The first m nodes are the best tree of m nodes, for every m. The root is worth 1, unused slots 0.
+  """
+  return _merged(root, tokens, valid, weight, num_nodes, by_level=False)
+
+
+def _merged(root, tokens, valid, weight, num_nodes, by_level):
+  closed = jnp.cumprod(valid, axis=-1).astype(bool)
+  merge = jax.vmap(lambda *a: _merge(*a, num_nodes - 1, by_level))
+  node_tokens, parent, depth, ok, worth = merge(tokens, closed, weight)
   b = root.shape[0]
   zero = jnp.zeros((b, 1), jnp.int32)
-  return Tree(
+  tree = Tree(
     tokens=jnp.concatenate([root[:, None], node_tokens], axis=1).astype(jnp.int32),
     parent=jnp.concatenate([zero, parent], axis=1),
     depth=jnp.concatenate([zero, depth], axis=1),
     valid=jnp.concatenate([jnp.ones((b, 1), bool), ok], axis=1),
     max_depth=tokens.shape[-1],
   )
+  return tree, jnp.concatenate([jnp.ones((b, 1)), worth], axis=1)
 
 
 def shared_prefixes(tokens: Int[Array, "R L"], valid: Bool[Array, "R L"]) -> Bool[Array, "R R L"]:
@@ -50,7 +68,7 @@ def shared_prefixes(tokens: Int[Array, "R L"], valid: Bool[Array, "R L"]) -> Boo
   return jnp.cumprod(same, axis=-1).astype(bool)
 
 
-def _merge(c, ok, weight, keep):
+def _merge(c, ok, weight, keep, by_level):
   paths, length = c.shape
   prefix = shared_prefixes(c, ok)
   first = jnp.argmax(prefix, axis=1)  # [r, j]: the path that owns the node
@@ -62,12 +80,13 @@ def _merge(c, ok, weight, keep):
   r, j = jnp.meshgrid(jnp.arange(paths), jnp.arange(length), indexing="ij")
   flat = lambda x: x.reshape(-1).astype(jnp.int32)  # noqa: E731
   cost = jnp.where(owned, -value, jnp.inf).reshape(-1)
-  _, j, r = jax.lax.sort((cost, flat(j), flat(r)), num_keys=3)
+  cost, j, r = jax.lax.sort((cost, flat(j), flat(r)), num_keys=3)
   kept = jnp.arange(paths * length) < jnp.minimum(keep, jnp.sum(owned))
   j = jnp.where(kept, j, length)  # unused slots last
-  j, r = jax.lax.sort((j, r), num_keys=1, is_stable=True)
+  if by_level:
+    j, r, cost = jax.lax.sort((j, r, cost), num_keys=1, is_stable=True)
   size = min(keep, paths * length)
-  j, r = j[:size], r[:size]
+  j, r, cost = j[:size], r[:size], cost[:size]
   valid = j < length
   slot = (
     jnp.zeros((paths, length), jnp.int32)
@@ -81,5 +100,11 @@ def _merge(c, ok, weight, keep):
   pad = (0, keep - size)
   return tuple(
     jnp.pad(x, pad, constant_values=v)
-    for x, v in ((node_tokens, 0), (parent, 0), (depth, 1), (valid, False))
+    for x, v in (
+      (node_tokens, 0),
+      (parent, 0),
+      (depth, 1),
+      (valid, False),
+      (jnp.where(valid, -cost, 0.0), 0.0),
+    )
   )

@@ -49,8 +49,14 @@ class Source(Drafter):
     """The guesses. Pure: what a source learns, it learns in ``observe``."""
     raise NotImplementedError
 
+  def listed(
+    self, params: Params, state: DraftState, context: Context, rng: jax.Array
+  ) -> tuple[Candidates, DraftState]:
+    """The guesses that this step drafts from, and the state that ``observe`` will judge them by."""
+    return self.candidates(params, state, context, rng), state
+
   def propose(self, params, state, context, rng):
-    found = self.candidates(params, state, context, rng)
+    found, state = self.listed(params, state, context, rng)
     if found.tokens.shape[1] == 1:  # one continuation is a chain: nothing to merge
       drafts = self.num_nodes - 1
       return chain(context.root, found.tokens[:, 0, :drafts], found.valid[:, 0, :drafts]), state
