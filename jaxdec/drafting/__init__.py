@@ -15,6 +15,7 @@ from jaxdec.drafting.draft_model import DraftModel
 from jaxdec.drafting.dspark import DSpark
 from jaxdec.drafting.dynamic_exit import DynamicExit
 from jaxdec.drafting.dynamic_tree import DynamicTree
+from jaxdec.drafting.dyspec import DySpec
 from jaxdec.drafting.eagle import Eagle
 from jaxdec.drafting.eagle3 import Eagle3
 from jaxdec.drafting.early_exit import EarlyExit
@@ -35,7 +36,9 @@ from jaxdec.drafting.ppd import PPD
 from jaxdec.drafting.ppd_tree import SparseTrees
 from jaxdec.drafting.prompt_lookup import PromptLookup
 from jaxdec.drafting.registry import get, names, register
+from jaxdec.drafting.rsd import RsdC, RsdS
 from jaxdec.drafting.selection import argmax, top_k
+from jaxdec.drafting.sequoia import Sequoia, best_tree, fastest_tree, measure_acceptance
 from jaxdec.drafting.source import Candidates, Source
 from jaxdec.drafting.specdec import SpecDec
 from jaxdec.drafting.specvlm import SpecVLM
@@ -51,6 +54,10 @@ from jaxdec.drafting.vocabulary import DraftVocabulary
 register("none", lambda: None)
 register("draft_model", DraftModel)
 register("specdec", SpecDec)
+register("rsd_c", RsdC)
+register("rsd_s", RsdS)
+register("dyspec", DySpec)
+register("sequoia", Sequoia)
 register("early_exit", EarlyExit)
 register("del", DynamicExit)
 register("prompt_lookup", PromptLookup)
@@ -79,6 +86,7 @@ __all__ = [
   "DraftModel",
   "DraftVocabulary",
   "Drafter",
+  "DySpec",
   "DynamicExit",
   "DynamicTree",
   "Eagle",
@@ -98,6 +106,9 @@ __all__ = [
   "PEagle",
   "Prompt",
   "PromptLookup",
+  "RsdC",
+  "RsdS",
+  "Sequoia",
   "Source",
   "SparseTrees",
   "SpecDec",
@@ -113,11 +124,14 @@ __all__ = [
   "Tree",
   "ViSpec",
   "argmax",
+  "best_tree",
   "chain",
   "choose_budget",
   "expected_tokens",
+  "fastest_tree",
   "get",
   "greedy_tree",
+  "measure_acceptance",
   "merge_paths",
   "names",
   "register",

@@ -37,49 +37,40 @@ class DraftModelState:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DraftModel(Drafter):
-  """A chain of ``num_drafts`` tokens from a decoder with the target's vocabulary.
+class DraftDecoder(Drafter):
+  """Base of drafters that draw from a decoder with the target's vocabulary.
 
   Its parameters are ``drafter_params`` (the same layout as the target's: unrolled).
 
   Attributes:
     model: the draft ``Decoder``.
-    num_drafts: chain length (gamma).
     draws: how drafts are made at temperature > 0. ``greedy``: the argmax. ``shared``: with the
       noise the target will use at that position, which raises the match rate to at least
       (1 - TV) / (1 + TV) (arXiv 2408.07978). ``sampled``: with noise of its own, and the law q is
-      handed on: what rule ``ratio`` needs.
+      handed on: what rules that judge drawn drafts need.
   """
 
   model: Any
-  num_drafts: int = 4
   draws: Literal["greedy", "shared", "sampled"] = "shared"
 
-  name: ClassVar[str] = "draft_model"
   trained: ClassVar[bool] = True
 
   def __post_init__(self):
-    if self.num_drafts < 1 or self.draws not in ("greedy", "shared", "sampled"):
-      raise UserError(
-        "draft_model needs num_drafts >= 1 and draws one of greedy, shared, sampled, got "
-        f"{self.num_drafts} and {self.draws!r}"
-      )
+    if self.draws not in ("greedy", "shared", "sampled"):
+      raise UserError(f"draws is one of greedy, shared, sampled, got {self.draws!r}")
 
   @property
   def vocab_size(self) -> int:
     return self.model.config.vocab_size
 
   @property
-  def num_nodes(self) -> int:
-    return self.num_drafts + 1
-
-  @property
   def gives_draft_probs(self) -> bool:
     return self.draws == "sampled"
 
   @property
-  def _recurrent(self) -> bool:
-    return not all(isinstance(c.mixer, AttentionConfig) for c in self.model.config.layers)
+  def _window(self) -> int:
+    """Most tokens that may have been emitted since the draft model last read."""
+    return self.max_depth + 1
 
   def init_params(self, rng, target=None):
     import flax.linen as nn
@@ -99,6 +90,55 @@ class DraftModel(Drafter):
       self.model, params, self.model.init_state(batch, room), tokens, prompt.lengths, chunk=_CHUNK
     )
     return DraftModelState(decoder, prompt.lengths)
+
+  def _extend(self, params, tokens, decoder, positions, **kwargs):
+    return self.model.apply(
+      {"params": params}, tokens, decoder, positions, method="extend", **kwargs
+    )
+
+  def _unembed(self, params, hidden):
+    return self.model.apply({"params": params}, hidden, method="unembed")
+
+  def _catch_up(self, params, state, context):
+    """Reads what was emitted, the root included: decoder state, logits after it."""
+    at = state.length[:, None] + jnp.arange(self._window, dtype=jnp.int32)
+    read = at <= context.length[:, None]
+    tokens = jnp.take_along_axis(context.history, at, axis=1, mode="clip")
+    out = self._extend(params, tokens, state.decoder, jnp.where(read, at, -1), logits=False)
+    last = jnp.maximum(jnp.sum(read, axis=1) - 1, 0)
+    hidden = jnp.take_along_axis(out.hidden, last[:, None, None], axis=1)[:, 0]
+    return out.state, self._unembed(params, hidden)
+
+  def _forget(self, state, context, caught_up):
+    """State to go on from where nothing of what was drafted is kept."""
+    length = jnp.maximum(context.length + 1, state.length)
+    return state.replace(decoder=caught_up, length=length)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DraftModel(DraftDecoder):
+  """A chain of ``num_drafts`` tokens (gamma)."""
+
+  num_drafts: int = 4
+
+  name: ClassVar[str] = "draft_model"
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.num_drafts < 1:
+      raise UserError(f"{self.name} needs num_drafts >= 1, got {self.num_drafts}")
+
+  @property
+  def num_nodes(self) -> int:
+    return self.num_drafts + 1
+
+  @property
+  def _recurrent(self) -> bool:
+    return not all(isinstance(c.mixer, AttentionConfig) for c in self.model.config.layers)
+
+  @property
+  def _window(self) -> int:
+    return super()._window if self._recurrent else 2
 
   def propose(self, params, state, context, rng):
     caught_up, logits = self._catch_up(params, state, context)
@@ -122,11 +162,6 @@ class DraftModel(Drafter):
       state, context, caught_up, decoder, self.num_drafts
     )
 
-  def _extend(self, params, tokens, decoder, positions, **kwargs):
-    return self.model.apply(
-      {"params": params}, tokens, decoder, positions, method="extend", **kwargs
-    )
-
   def _draw(self, context, logits, position):
     """A draft per row from its logits, and the law it was drawn from where rules need it."""
     sampler, keys = context.sampler, context.keys
@@ -137,22 +172,10 @@ class DraftModel(Drafter):
     law = sampler.log_probs(logits)
     return sampler.draw_independently(logits, keys, position), jnp.exp(law)
 
-  def _catch_up(self, params, state, context):
-    """Reads what was emitted, the root included: decoder state, logits after it."""
-    window = self.num_drafts + 1 if self._recurrent else 2
-    at = state.length[:, None] + jnp.arange(window, dtype=jnp.int32)
-    read = at <= context.length[:, None]
-    tokens = jnp.take_along_axis(context.history, at, axis=1, mode="clip")
-    out = self._extend(params, tokens, state.decoder, jnp.where(read, at, -1), logits=False)
-    last = jnp.maximum(jnp.sum(read, axis=1) - 1, 0)
-    hidden = jnp.take_along_axis(out.hidden, last[:, None, None], axis=1)[:, 0]
-    return out.state, self.model.apply({"params": params}, hidden, method="unembed")
-
   def _after(self, state, context, caught_up, decoder, fed):
     """State to go on from: the root and ``fed - 1`` drafts have been read."""
     if self._recurrent:
-      length = jnp.maximum(context.length + 1, state.length)
-      return state.replace(decoder=caught_up, length=length)
+      return self._forget(state, context, caught_up)
     return state.replace(decoder=decoder, length=context.length + fed)
 
   def observe(self, params, state, tree, accepted, output, context):

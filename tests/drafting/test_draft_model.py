@@ -127,6 +127,46 @@ def test_ratio_gives_the_targets_law():
   assert out.stats.tokens_per_step > 1.1
 
 
+def test_shared_noise_matches_at_least_as_often_as_its_bound():
+  """One draft per step: matched in (1 - TV) / (1 + TV) of cases or more, with noise of its own in
+  ``sum p q`` of them."""
+  vocab, batch = 5, 8192
+  model, params = target(vocab=vocab)
+  # Flat laws with much in common.
+  params = jax.tree.map(lambda x: 0.5 * x, params)
+  draft_params = jax.tree.map(
+    lambda x, y: 0.2 * x + 0.4 * y, params, target(vocab=vocab, seed=1)[1]
+  )
+  texts = jnp.asarray([[1, 3, t] for t in range(vocab)])
+  read = lambda m, w: np.asarray(  # noqa: E731
+    jax.nn.softmax(m.apply({"params": w}, texts).logits), np.float64
+  )
+  p, q = read(model, params), read(model, draft_params)
+  first = p[0, 1]  # of the token the prompt ends in; the draft is the one after it
+  p, q = p[:, 2], q[:, 2]
+  distance = 0.5 * np.abs(p - q).sum(-1)
+  bound = first @ ((1 - distance) / (1 + distance))
+  independent, best = first @ (p * q).sum(-1), first @ (1 - distance)
+  rates = {}
+  for draws in ("shared", "sampled"):
+    out = generate(
+      model,
+      params,
+      [[1, 3]] * batch,
+      max_new_tokens=3,
+      sampler=PLAIN,
+      stop=None,
+      seed=4,
+      drafter=DraftModel(model=model, num_drafts=1, draws=draws),
+      drafter_params=draft_params,
+    )
+    rates[draws] = np.mean(np.asarray(out.stats.row_steps) == 1)  # two tokens in one step
+  error = 4 * np.sqrt(0.25 / batch)
+  assert bound - error < rates["shared"] < best + error
+  assert abs(rates["sampled"] - independent) < error
+  assert rates["sampled"] + error < bound  # so the bound says something
+
+
 def test_ratio_needs_sampled_drafts():
   model, params = target()
   with pytest.raises(UserError, match="ratio"):
