@@ -7,5 +7,14 @@ others, constraints forbid some. Each module says what it changes.
 """
 
 from jaxdec.decoding.lossy.beam import Beams, generate_beams
+from jaxdec.decoding.lossy.cautious import Cautious, generate_cautious
+from jaxdec.decoding.lossy.contrastive import Contrasted, generate_contrastive
 
-__all__ = ["Beams", "generate_beams"]
+__all__ = [
+  "Beams",
+  "Cautious",
+  "Contrasted",
+  "generate_beams",
+  "generate_cautious",
+  "generate_contrastive",
+]

@@ -25,11 +25,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxdec.decoding.executables import Executable
 from jaxdec.decoding.lossy import common
-from jaxdec.decoding.lossy.hypotheses import Pool, append, continuations
+from jaxdec.decoding.lossy.hypotheses import Hypotheses, unpack
 from jaxdec.decoding.request import TextCodec
 from jaxdec.errors import UserError
 from jaxdec.models.decoder import Decoder, DecoderState
@@ -57,15 +57,14 @@ class Beams:
 
 @struct.dataclass
 class _Carry:
-  """Beams under way, and one pool per group. ``done``: pool full, or no beam left."""
-
   state: DecoderState
   logits: Float[Array, "R V"]
-  tokens: Int[Array, "B G k T"]
-  score: Float[Array, "B G k"]
-  pools: tuple[Pool, ...]
-  done: Array
+  groups: tuple[Hypotheses, ...]
   step: Int[Array, ""]
+
+  @property
+  def done(self) -> Bool[Array, "B G"]:
+    return jnp.stack([group.done for group in self.groups], axis=1)
 
 
 def generate_beams(
@@ -129,18 +128,16 @@ def generate_beams(
     groups=groups,
     budget=int(max_new_tokens),
   )
-  found: list[list[tuple]] = [[] for _ in r.prompts]
-  for g, pool in enumerate(jax.device_get(pools)):
-    for row, texts in enumerate(found):
-      for j in range(pool.rank.shape[1]):
-        if np.isfinite(pool.rank[row, j]):
-          tokens = pool.tokens[row, j, : pool.length[row, j]].tolist()
-          texts.append((float(pool.rank[row, j]), float(pool.score[row, j]), g, tokens))
-  for texts in found:
-    texts.sort(key=lambda text: -text[0])  # stable: of equal ranks the lower group first
-  pick = lambda i: [[text[i] for text in texts] for texts in found]  # noqa: E731
-  tokens = pick(3)
-  return Beams(tokens, pick(1), pick(0), pick(2), common.decode_all(tokenizer, tokens), int(passes))
+  by_group = map(unpack, pools)
+  found = [
+    # A stable sort: of equal ranks the lower group comes first.
+    sorted(((*text, g) for g, texts in enumerate(row) for text in texts), key=lambda x: -x[0])
+    for row in zip(*by_group)
+  ]
+  pick = lambda i: [[text[i] for text in row] for row in found]  # noqa: E731
+  tokens = pick(2)
+  text = common.decode_all(tokenizer, tokens)
+  return Beams(tokens, pick(1), pick(0), pick(3), text, int(passes))
 
 
 def _beams(
@@ -160,83 +157,43 @@ def _beams(
   batch, rows = lengths.shape[0], size * groups
   first = jnp.arange(batch)[:, None] * rows  # row of a prompt's first beam
   vocab = jnp.arange(model.config.vocab_size)
-  ends = common.is_stop(vocab, stop)
+  ids = jnp.broadcast_to(vocab, (batch, vocab.size))
 
   def rank(score, length):
     return score / length.astype(jnp.float32) ** length_penalty
 
   def choose(c: _Carry):
-    """Every group's continuations: the carry without its new logits; parent and token of beams."""
+    """The groups in turn: new groups; parent and token of every beam ``[B, W]``."""
     log_p = jax.nn.log_softmax(c.logits.reshape(batch, groups, size, -1))
-    total = c.score[..., None] + log_p
     taken = jnp.zeros((batch, vocab.size))
-    length = jnp.broadcast_to(c.step + 1, (batch, size))
     chosen = []
-    for g in range(groups):
-      done = c.done[:, g, None]
-      objective = total[:, g] - diversity * taken[:, None]
-      value, text, token = continuations(objective, size)
-      over = ends[token] & jnp.isfinite(value) & ~done
-      score = _pick(total[:, g], text, token)
-      pool = c.pools[g].add(
-        append(c.tokens[:, g], text, token, c.step),
-        length,
-        score,
-        jnp.where(over, rank(score, length), -jnp.inf),
-      )
-      value, text, token = continuations(jnp.where(ends, -jnp.inf, objective), size)
-      alive = jnp.isfinite(value) & ~done
-      one_hot = (token[..., None] == vocab) & alive[..., None]
-      taken = taken + jnp.sum(one_hot, axis=1)
-      chosen.append(
-        (
-          pool,
-          append(c.tokens[:, g], text, token, c.step),
-          jnp.where(alive, _pick(total[:, g], text, token), -jnp.inf),
-          c.done[:, g] | pool.full | ~jnp.any(alive, axis=1),
-          text + g * size,
-          token,
-        )
-      )
-    pools, tokens, score, done, parent, token = zip(*chosen)
-    stack = lambda x: jnp.stack(x, axis=1)  # noqa: E731
-    c = c.replace(
-      pools=pools, tokens=stack(tokens), score=stack(score), done=stack(done), step=c.step + 1
-    )
-    return c, stack(parent).reshape(batch, rows), stack(token).reshape(batch, rows)
+    for g, group in enumerate(c.groups):
+      score = group.score[..., None] + log_p[:, g]
+      objective = score - diversity * taken[:, None]
+      group, parent, token = group.grow(objective, score, ids, stop, c.step, rank)
+      taken += jnp.sum((token[..., None] == vocab) & group.alive[..., None], axis=1)
+      chosen.append((group, parent + g * size, token))
+    grown, parent, token = zip(*chosen)
+    return grown, jnp.concatenate(parent, axis=1), jnp.concatenate(token, axis=1)
 
   def step(c: _Carry):
-    c, parent, token = choose(c)
-    live = jnp.repeat(~c.done, size, axis=1)
-    position = jnp.where(live, lengths[:, None] + c.step - 1, -1)
+    grown, parent, token = choose(c)
+    c = c.replace(groups=grown)
+    going = jnp.repeat(~c.done, size, axis=1)
+    position = jnp.where(going, lengths[:, None] + c.step, -1)
     state = common.take_rows(c.state, (first + parent).ravel())
     state, logits = common.extend(model, params, state, token.ravel(), position.ravel())
-    return c.replace(state=state, logits=logits)
+    return c.replace(state=state, logits=logits, step=c.step + 1)
 
-  start = jnp.where(jnp.arange(size) == 0, 0.0, -jnp.inf)  # the beams of a group are equal at first
   c = _Carry(
     state=common.repeat_rows(state, rows),
     logits=common.repeat_rows(common.unembed(model, params, hidden), rows),
-    tokens=jnp.zeros((batch, groups, size, budget), jnp.int32),
-    score=jnp.broadcast_to(start, (batch, groups, size)),
-    pools=tuple(Pool.empty(batch, size, budget) for _ in range(groups)),
-    done=jnp.zeros((batch, groups), bool),
+    groups=tuple(Hypotheses.start(batch, size, budget) for _ in range(groups)),
     step=jnp.int32(0),
   )
   c = jax.lax.while_loop(lambda c: (c.step < budget - 1) & ~jnp.all(c.done), step, c)
-  passes = c.step
-  c, *_ = choose(c)  # the budget's last token; nobody needs what would follow
-  length = jnp.full((batch, size), budget)
-  pools = []
-  for g, pool in enumerate(c.pools):
-    under_way = jnp.where(pool.full[:, None], -jnp.inf, rank(c.score[:, g], length))
-    pools.append(pool.add(c.tokens[:, g], length, c.score[:, g], under_way))
-  return tuple(pools), passes
-
-
-def _pick(total: Float[Array, "B k V"], text: Int[Array, "B k"], token: Int[Array, "B k"]):
-  rows = jnp.arange(total.shape[0])[:, None]
-  return total[rows, text, token]
+  grown, *_ = choose(c)  # the budget's last token; nobody needs what would follow
+  return tuple(group.close(rank) for group in grown), c.step
 
 
 _search = Executable("beams", _beams)

@@ -55,10 +55,11 @@ def search(kind, prompt, width, groups, diversity, alpha, stops):
         if v in stops:
           pools[g].append((score / (step + 1) ** alpha, score, g, list(text)))
       beams[g] = [(score, text) for _, _, v, score, text in options if v not in stops][:size]
-      for _, text in beams[g]:
-        taken[text[-1]] += 1
       pools[g] = sorted(pools[g], key=lambda x: -x[0])[:size]
       done[g] = len(pools[g]) == size or not beams[g]
+      if not done[g]:
+        for _, text in beams[g]:
+          taken[text[-1]] += 1
   for g in range(groups):
     if len(pools[g]) < size:
       pools[g] += [(s / NEW**alpha, s, g, list(text)) for s, text in beams[g]]
