@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who decides: sampling, verification rules, and the decode loop."""
+"""Who decides: sampling, verification rules, the decode loop, and an engine for many requests."""
 
+from jaxdec.decoding.engine import Engine, EngineRequest, Event, QueueFull, Result
 from jaxdec.decoding.executables import compilations
 from jaxdec.decoding.generate import Generation, Piece, generate, generate_stream
 from jaxdec.decoding.sampling import Sampler
@@ -20,12 +21,17 @@ from jaxdec.decoding.verify import (
 
 __all__ = [
   "RULES",
+  "Engine",
+  "EngineRequest",
+  "Event",
   "Generation",
   "Match",
   "MultiRound",
   "Piece",
   "PointMass",
+  "QueueFull",
   "Ratio",
+  "Result",
   "Rule",
   "Sampler",
   "Stats",

@@ -95,6 +95,21 @@ def test_requests_get_the_tokens_they_get_alone(kind):
       assert result.tokens == want[i] and result.reason == "length"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["attention", "hybrid"])
+def test_sixty_four_requests_with_staggered_arrival(kind):
+  model, params = target(kind)
+  engine = Engine(model, params, **{**SIZES, "slots": 8, "passes": 5})
+  todo = requests(64, seed=7)
+  cancel = [(i, i // 2 + 3) for i in range(5, 64, 9)]
+  results = serve(engine, todo, arrival=[i // 2 for i in range(64)], cancel=cancel)
+  for i, r in enumerate(todo):
+    want = expected(kind, r)
+    assert results[i].tokens == want[: len(results[i].tokens)]
+    assert results[i].reason == "cancelled" or results[i].tokens == want
+  assert sum(r.reason == "length" for r in results.values()) >= 57
+
+
 @pytest.mark.parametrize("drafter", [TokenRecycling(), PromptLookup()], ids=lambda d: d.name)
 def test_speculation_changes_the_passes_only(drafter):
   model, params = target("attention")
