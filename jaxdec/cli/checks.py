@@ -15,7 +15,8 @@ from jaxdec.errors import UserError, nearest
 
 # Names of jaxdec.drafting's registry; a test holds the two equal.
 UNTRAINED = (
-  "prompt_lookup", "token_recycling", "suffix", "combined", "aded", "early_exit", "del",
+  "prompt_lookup", "token_recycling", "suffix", "combined", "aded", "aggressive", "jacobi",
+  "lookahead", "sjd", "early_exit", "del",
 )  # fmt: skip
 TRAINED = (
   "medusa", "hydra", "hydra++", "eagle", "eagle3", "p_eagle", "dovetail",

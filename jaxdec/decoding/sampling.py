@@ -22,7 +22,7 @@ from jaxdec.drafting.selection import argmax
 from jaxdec.errors import UserError
 
 # Purposes of noise at one position. Tags sit far above any position, so no two keys coincide.
-ACCEPT, RESAMPLE, DRAFT = (2**32 - 1 - i for i in range(3))
+ACCEPT, RESAMPLE, DRAFT, FILL = (2**32 - 1 - i for i in range(4))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +122,7 @@ def request_keys(seed: int | list[int], batch: int) -> Key[Array, "B"]:
 def position_keys(
   keys: Key[Array, "B"], positions: Int[Array, "B *T"], purpose: int | None = None
 ) -> Key[Array, "B *T"]:
-  """``fold_in(key, position)`` row by row; ``purpose`` (ACCEPT, RESAMPLE, DRAFT) gives noise
+  """``fold_in(key, position)`` row by row; ``purpose`` (ACCEPT, ..., FILL) gives noise
   independent of the target's own draw at the same position."""
   if purpose is not None:
     keys = jax.vmap(lambda k: jax.random.fold_in(k, jnp.uint32(purpose)))(keys)

@@ -2,6 +2,7 @@
 """Who guesses: the drafter contract, draft trees, and the built-in drafters by name."""
 
 from jaxdec.drafting.aded import Aded
+from jaxdec.drafting.aggressive import Aggressive
 from jaxdec.drafting.base import Accepted, Context, Drafter, Prompt, Target, TargetOutput
 from jaxdec.drafting.budget import choose_budget
 from jaxdec.drafting.chimera import Chimera
@@ -25,7 +26,9 @@ from jaxdec.drafting.fspad import Fspad
 from jaxdec.drafting.hass import Hass
 from jaxdec.drafting.hidden_transfer import HiddenTransfer
 from jaxdec.drafting.hydra import Hydra, HydraPlusPlus
+from jaxdec.drafting.jacobi import Jacobi
 from jaxdec.drafting.kinds import KINDS
+from jaxdec.drafting.lookahead import Lookahead
 from jaxdec.drafting.masked_mtp import MaskedMTP
 from jaxdec.drafting.medusa import Medusa
 from jaxdec.drafting.merge import merge_paths
@@ -39,6 +42,7 @@ from jaxdec.drafting.registry import get, names, register
 from jaxdec.drafting.rsd import RsdC, RsdS
 from jaxdec.drafting.selection import argmax, top_k
 from jaxdec.drafting.sequoia import Sequoia, best_tree, fastest_tree, measure_acceptance
+from jaxdec.drafting.sjd import SpeculativeJacobi
 from jaxdec.drafting.source import Candidates, Source
 from jaxdec.drafting.specdec import SpecDec
 from jaxdec.drafting.specvlm import SpecVLM
@@ -65,6 +69,10 @@ register("token_recycling", TokenRecycling)
 register("suffix", Suffix)
 register("combined", Combined)
 register("aded", Aded)
+register("aggressive", Aggressive)
+register("jacobi", Jacobi)
+register("lookahead", Lookahead)
+register("sjd", SpeculativeJacobi)
 for _kind in KINDS.values():
   register(_kind.name, _kind.from_name)
 
@@ -73,6 +81,7 @@ __all__ = [
   "PPD",
   "Accepted",
   "Aded",
+  "Aggressive",
   "Candidates",
   "Chimera",
   "Clover",
@@ -99,6 +108,8 @@ __all__ = [
   "HiddenTransfer",
   "Hydra",
   "HydraPlusPlus",
+  "Jacobi",
+  "Lookahead",
   "MaskedMTP",
   "Medusa",
   "Mtp",
@@ -113,6 +124,7 @@ __all__ = [
   "SparseTrees",
   "SpecDec",
   "SpecVLM",
+  "SpeculativeJacobi",
   "StaticTree",
   "StopEarly",
   "Suffix",
