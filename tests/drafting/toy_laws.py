@@ -41,7 +41,7 @@ def context(keys, sampler=PLAIN, length: int = 8) -> Context:
 
 
 def grow(drafter, q, keys, sampler=PLAIN):
-  """A tree of depth at most 2 below a root whose children have the law ``q[0]``."""
+  """A tree below a root whose children have the law ``q[0]``, and others ``q[1][parent token]``."""
 
   def feed(tokens, topology, n):
     return jnp.log(q[1])[tokens[:, -n:]]
