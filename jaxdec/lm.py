@@ -97,7 +97,9 @@ class LM:
       temperature: 0 is greedy. top_k, top_p, min_p: filters of the law.
       drafter: None, a built-in name, the folder of a distilled run, of a draft head in a layout of
         ``jaxdec.io.drafters``, of a datastore or of a small decoder, another ``LM`` with the same
-        vocabulary, or a ``Drafter`` (with ``drafter_params`` if it has parameters).
+        vocabulary, or a ``Drafter`` (with ``drafter_params`` if it has parameters). ``"auto"``:
+        what ``jaxdec.tuner`` finds fastest here, measured on the first call for a batch size and
+        law (some seconds), plain decoding included.
       rule: verification rule; ``match`` is exact for every drafter.
       stop: ``...`` the model's EOS ids; ids or strings are added to them; None never stops early.
       seed: row i draws from ``fold_in(seed, i)``; a list gives each row its own.
@@ -113,7 +115,19 @@ class LM:
     from jaxdec.decoding import Sampler, generate
 
     sampler = Sampler(temperature, top_k, top_p, min_p)
-    found, params = self.drafter(drafter)
+    if isinstance(drafter, str) and drafter == "auto":
+      from jaxdec.decoding.request import parse_prompts
+      from jaxdec.tuner import auto
+
+      if rule != "match":
+        raise UserError(
+          f"drafter='auto' chooses among drafters for rule 'match', got rule={rule!r}; leave rule "
+          "out, or name a drafter"
+        )
+      tuned = auto(self, parse_prompts(prompts, self.config, self.tokenizer), sampler)
+      found, params = tuned.drafter, tuned.params
+    else:
+      found, params = self.drafter(drafter)
     return generate(
       self.model,
       self.params,
@@ -141,6 +155,8 @@ class LM:
     from jaxdec.drafting.kinds import KINDS
     from jaxdec.io.drafters import find_layout, read_drafter
 
+    if isinstance(spec, str) and spec == "auto":
+      raise UserError("'auto' is chosen for given prompts: by generate and bench; name a drafter")
     if isinstance(spec, LM):
       return DraftModel(model=spec.model), spec.params
     if not isinstance(spec, str | os.PathLike):

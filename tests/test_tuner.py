@@ -11,6 +11,7 @@ from jaxdec.decoding import generate
 from jaxdec.drafting.prompt_lookup import PromptLookup
 from jaxdec.drafting.suffix import Suffix
 from jaxdec.errors import UserError
+from jaxdec.lm import LM
 from tests.decoding.targets import Scripted, script, target
 
 PROMPTS = [[1, 2, 3, 1, 2, 3, 1, 2], [5, 6, 7]]
@@ -96,12 +97,34 @@ def test_default_sources_fit_their_width():
     assert source.num_nodes == 16
 
 
+def test_auto_measures_once_and_changes_no_token(monkeypatch):
+  lm = LM(*target())
+  calls = []
+
+  def tune(model, params, prompts, **options):
+    calls.append((len(prompts), options["sampler"].temperature))
+    return tuner.Tuned("lookup", PromptLookup(), None, {}, {}, [])
+
+  monkeypatch.setattr(tuner, "tune", tune)
+  for temperature in (0.0, 0.0, 1.0):
+    options = {"max_new_tokens": 20, "stop": None, "temperature": temperature}
+    fast = lm.generate(PROMPTS, drafter="auto", **options)
+    assert fast.tokens == lm.generate(PROMPTS, **options).tokens
+    assert len(fast.stats.accepted_by_depth) == PromptLookup().num_drafts
+  assert calls == [(2, 0.0), (2, 1.0)]
+
+
 def test_mistakes_are_explained():
   model, params = target()
   with pytest.raises(UserError, match="at least one prompt"):
     tuner.tune(model, params, [])
   with pytest.raises(UserError, match=r"must rise from at least 2, got \(1, 4\)"):
     tuner.tune(model, params, PROMPTS, widths=(1, 4))
+  lm = LM(model, params)
+  with pytest.raises(UserError, match="for rule 'match', got rule='ratio'"):
+    lm.generate(PROMPTS, drafter="auto", rule="ratio")
+  with pytest.raises(UserError, match="chosen for given prompts"):
+    lm.drafter("auto")
 
 
 def test_sources_alone_are_the_same_drafts():

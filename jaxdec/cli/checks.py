@@ -191,14 +191,14 @@ def prompts_fit(folder: Path, prompts: list[str], new: int = 1) -> None:
 
 def drafter_name(name: str) -> None:
   """Raises unless ``name`` is a drafter, or a folder (which only the library can judge fully)."""
-  if not name or name in ("none", *UNTRAINED, *TRAINED):
+  if not name or name in ("none", "auto", *UNTRAINED, *TRAINED):
     return
   if Path(name).is_dir():
     _drafter_folder(Path(name))
     return
   if "/" in name or Path(name).exists():
     raise UserError(f"drafter folder {name!r} does not exist; give the folder of a distilled run")
-  known = ("none", *UNTRAINED, *TRAINED)
+  known = ("none", "auto", *UNTRAINED, *TRAINED)
   raise UserError(
     f"unknown drafter {name!r}{nearest(name, known)}; give one of {', '.join(known)}, or the "
     "folder of a distilled run or of a small model"

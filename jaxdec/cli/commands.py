@@ -39,14 +39,14 @@ def _sampler(config: configs.Sampling):
   return Sampler(config.temperature, config.top_k, config.top_p, config.min_p)
 
 
-def _prompt_ids(lm: Any, path: str | None, count: int) -> list[list[int]]:
-  """Prompts of a file, or cut from test-split files of the standard library."""
+def _prompt_ids(lm: Any, path: str | None, count: int, split: str = "test") -> list[list[int]]:
+  """Prompts of a file, or cut from files of a split of the standard library."""
   if path is not None:
     return [list(lm.tokenizer.encode(text)) for text in texts((), path)[:count]]
   from jaxdec.data import cut_prompts, open_source
 
   cut = cut_prompts(
-    open_source("python_stdlib", "test"), lm.tokenizer, count, min_tokens=64, max_tokens=64
+    open_source("python_stdlib", split), lm.tokenizer, count, min_tokens=64, max_tokens=64
   )
   return [list(prompt.tokens) for prompt in cut]
 
@@ -113,7 +113,7 @@ def bench(config: configs.Bench) -> int:
 
   lm = _load(config.model, config.dtype)
   names = [name.strip() for name in config.drafters.split(",") if name.strip()]
-  arms = [_arm(lm, name) for name in names if name != "none"]
+  arms = [_arm(lm, name) for name in names if name not in ("none", "auto")]
   prompts = _prompt_ids(lm, config.prompts, config.num_prompts)
   settings = lib.BenchConfig(
     max_new_tokens=config.max_new_tokens, temperatures=config.temperatures, repeats=config.repeats,
@@ -121,6 +121,13 @@ def bench(config: configs.Bench) -> int:
   )  # fmt: skip
   console = _console()
   with console.status("starting") as status:
+    if "auto" in names or config.explain:
+      tuned = _tuned(lm, config, prompts, {arm.name: (arm.drafter, arm.params) for arm in arms},
+                     status.update)  # fmt: skip
+      if config.explain:
+        console.print(tuned.explain(), markup=False)
+      if "auto" in names:
+        arms.append(lib.Arm("auto", tuned.drafter, tuned.params))
     rows = lib.run(lm.model, lm.params, arms, prompts, settings, tick=status.update)
   console.print(lib.table(rows).rich())
   folder = numbered(config.output)
@@ -128,6 +135,19 @@ def bench(config: configs.Bench) -> int:
                      command=_command(), config=dataclasses.asdict(config))  # fmt: skip
   print(f"wrote table.md, results.json and plot.png into {folder}")
   return 0 if all(row["all_identical"] for row in rows) else 1
+
+
+def _tuned(lm: Any, config: configs.Bench, prompts: list, others: dict, tick: Any):
+  """What the tuner chooses on the prompts of a file, or on others than the bench's own."""
+  from jaxdec.decoding import Sampler
+  from jaxdec.tuner import tune
+
+  if config.prompts is None:
+    prompts = _prompt_ids(lm, None, config.batch_size, split="validation")
+  sampler = Sampler(temperature=config.temperatures[0])
+  return tune(
+    lm.model, lm.params, prompts[: config.batch_size], sampler=sampler, candidates=others, tick=tick
+  )
 
 
 def _arm(lm: Any, name: str):

@@ -231,7 +231,10 @@ class Bench:
   model: str = "tiny"
   """Folder in Hugging Face layout, or 'tiny'."""
   drafters: str = "prompt_lookup,token_recycling"
-  """Names or folders, separated by commas; autoregressive decoding is always the first arm."""
+  """Names or folders, separated by commas; autoregressive decoding is always the first arm. 'auto':
+  what the tuner chooses."""
+  explain: bool = False
+  """Print what the tuner measures and chooses here, and why."""
   prompts: str | None = None
   """JSONL file with one {"prompt": ...} a line; test-split files of python_stdlib if not given."""
   num_prompts: int = 8
