@@ -22,7 +22,7 @@ from toy_target import (
   target,
   train,
 )
-from universal import Universal
+from universal import Universal, assert_same
 
 from jaxdec.decoding import generate
 from jaxdec.drafting.base import Context, Drafter, Prompt, Target, TargetOutput
@@ -113,9 +113,7 @@ class Probing(Universal):
     state, context = started(drafter, params, t, texts, lengths)
     served = forced(drafter, params, (state, jnp.asarray(texts)), drafter.num_heads, context)
     for depth in range(drafter.num_heads):
-      np.testing.assert_allclose(
-        served[depth], trained[depth][0, :slots], atol=3e-5, err_msg=f"depth {depth + 1}"
-      )
+      assert_same(served[depth], trained[depth][0, :slots], f"depth {depth + 1}")
 
   def logits_of(self, drafter, params, t, batch):
     """The training graph's logits by depth, ``[B,A,V]``."""
@@ -143,9 +141,7 @@ class Probing(Universal):
     fresh, _ = started(drafter, params, t, text, [text.shape[1] - 1])
     known = int(out.drafter_state.available[0])
     assert known >= 1
-    np.testing.assert_allclose(
-      out.drafter_state.hidden[:, :known], fresh.hidden[:, :known], atol=3e-5
-    )
+    assert_same(out.drafter_state.hidden[:, :known], fresh.hidden[:, :known])
 
   def test_nodes_are_what_they_are_without_probes(self):
     """Logits, and the target's state after a commit of any path."""

@@ -26,6 +26,7 @@ from toy_target import (
   greedy_text,
   init,
   overfit_batch,
+  random_batch,
   randomized,
   replace,
   run,
@@ -37,6 +38,7 @@ from jaxdec.decoding import Sampler, generate
 from jaxdec.drafting.base import Context, Prompt, Target
 from jaxdec.drafting.checkpoint import from_config, to_config
 from jaxdec.drafting.static_tree import StaticTree
+from jaxdec.training import Trainer, TrainerConfig
 from jaxdec.training.tasks.distill import Distill
 
 PATHS = [(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 1, 0), (0, 1, 2)]
@@ -93,6 +95,12 @@ def forced_logits(drafter, params, t: Target, text, lengths, depths) -> list[np.
   return draft(state, params)
 
 
+def assert_same(ours, theirs, note: str = "") -> None:
+  """Equal to 1e-5 of the largest number: float32 sums taken in another order (seen: 2e-6)."""
+  bar = 1e-5 * max(1.0, float(np.max(np.abs(theirs))))
+  np.testing.assert_allclose(ours, theirs, rtol=0, atol=bar, err_msg=note)
+
+
 class Universal:
   """Derive, set ``kind`` (a TrainedDrafter) and ``options``; override what differs."""
 
@@ -145,9 +153,7 @@ class Universal:
       drafter, params, t, np.tile(text, (slots, 1)), np.arange(1, slots + 1), depths
     )
     for depth in range(depths):
-      np.testing.assert_allclose(
-        served[depth], trained[depth][:slots], atol=3e-5, err_msg=f"depth {depth + 1}"
-      )
+      assert_same(served[depth], trained[depth][:slots], f"depth {depth + 1}")
 
   def training_logits(self, drafter, params, t, text) -> list[np.ndarray]:
     """Per depth ``[T-1-k, V]``: the training graph's logits at every slot of one text."""
@@ -176,7 +182,7 @@ class Universal:
     fresh, root = start(drafter, params, t, text, [length])
     context = Context(root=root, length=jnp.asarray([length]), history=text, target=t, sampler=None)
     first = jax.jit(lambda state: drafter.first(params, state, context)[0])
-    np.testing.assert_allclose(first(out.drafter_state), first(fresh), atol=3e-5)
+    assert_same(first(out.drafter_state), first(fresh))
 
   def test_target_is_frozen(self):
     drafter, t = self.make(), target()
@@ -211,11 +217,21 @@ class Universal:
     for k in range(1, len(joint["depth_loss"]) + 1):
       n, m = 9 - 1 - k, 11 - 1 - k
       expected = (n * alone[0]["depth_loss"][k - 1] + m * alone[1]["depth_loss"][k - 1]) / (n + m)
-      np.testing.assert_allclose(joint["depth_loss"][k - 1], expected, rtol=3e-5)
+      np.testing.assert_allclose(joint["depth_loss"][k - 1], expected, rtol=1e-5)
 
   def test_configuration_round_trip(self):
     drafter = self.tree_drafter()
     assert from_config(to_config(drafter)) == drafter
+
+  @pytest.mark.slow
+  def test_target_is_bit_identical_after_training(self):
+    """A step donates the drafter's buffers: none is the target's, of which a head may be a copy."""
+    drafter, t = self.make(), target()
+    before = jax.tree.map(np.array, t.params)
+    batches = [random_batch(seed, 2, 16) for seed in range(3)]
+    config = TrainerConfig(steps=3, progress=False)
+    Trainer(Distill(drafter, t.model, t.params), config, data=batches).train()
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, t.params))
 
   @pytest.mark.slow
   def test_learns_one_text_by_heart(self):
