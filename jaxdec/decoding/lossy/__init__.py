@@ -9,12 +9,18 @@ others, constraints forbid some. Each module says what it changes.
 from jaxdec.decoding.lossy.beam import Beams, generate_beams
 from jaxdec.decoding.lossy.cautious import Cautious, generate_cautious
 from jaxdec.decoding.lossy.contrastive import Contrasted, generate_contrastive
+from jaxdec.decoding.lossy.ngrams import NGrams, build_ngrams
+from jaxdec.decoding.lossy.superposed import Superposed, generate_superposed
 
 __all__ = [
   "Beams",
   "Cautious",
   "Contrasted",
+  "NGrams",
+  "Superposed",
+  "build_ngrams",
   "generate_beams",
   "generate_cautious",
   "generate_contrastive",
+  "generate_superposed",
 ]
