@@ -62,8 +62,8 @@ class RowSampler:
   def process(self, logits: Float[Array, "B *T V"]) -> Float[Array, "B *T V"]:
     """``Sampler.process``; greedy rows keep their logits, so that drafters can rank by them."""
     wide = lambda x: x.reshape(x.shape + (1,) * (logits.ndim - 1))  # noqa: E731
-    z = logits.astype(jnp.float32) * wide(self.scale)
-    z = z - jnp.max(z, axis=-1, keepdims=True)
+    z = logits.astype(jnp.float32)
+    z = (z - jnp.max(z, axis=-1, keepdims=True)) * wide(self.scale)
     for keep, mass in ((keep_top_k, self.top_k), (keep_top_p, self.top_p)):
       wanted = jnp.any(mass < jnp.inf)
       z = jax.lax.cond(wanted, keep, lambda z, mass: z, z, wide(mass))

@@ -65,9 +65,10 @@ class Sampler:
     if self.greedy:
       return jnp.where(jnp.arange(z.shape[-1]) == argmax(z)[..., None], 0.0, -jnp.inf)
     # A product with the rounded inverse, which is how a compiler divides by a constant anyway: so
-    # that temperatures given as data (``RowSampler``) round alike.
-    z = z * inverse(self.temperature)
-    z = z - jnp.max(z, axis=-1, keepdims=True)
+    # that temperatures given as data (``RowSampler``) round alike. After the difference: a product
+    # before it may be fused into it, unrounded, in one place that reads z and not in another, and
+    # then a filter's threshold is no value of z.
+    z = (z - jnp.max(z, axis=-1, keepdims=True)) * inverse(self.temperature)
     if self.top_k is not None and self.top_k < z.shape[-1]:
       z = keep_top_k(z, float(self.top_k))
     if self.top_p is not None and self.top_p < 1:
