@@ -141,6 +141,7 @@ _ALL = (
   Arm(name="mtp", kind="mtp"),
   Arm(name="mtp_modules", kind="mtp_modules"),
   Arm(name="eagle3", kind="eagle3"),
+  Arm(name="eagle3_warm", kind="eagle3", options={"head_init": "target"}),
   Arm(name="eagle3_dynamic", trained_as="eagle3", shapes=with_dynamic_trees),
   Arm(name="p_eagle", kind="p_eagle"),
   Arm(name="dflash", kind="dflash", options={"labels": "from_anchor", **_BLOCKS}),
@@ -162,6 +163,7 @@ CLAIMS = (
   ("hydra", "medusa", True),
   ("hydra++", "hydra", False),
   ("eagle3", "eagle", False),
+  ("eagle3_warm", "eagle", False),
   ("hass", "eagle", False),
   ("dspark", "dflash", False),
 )

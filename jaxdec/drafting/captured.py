@@ -5,7 +5,7 @@ matrix, beside the embedding of the next token, and have an LM head of their own
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxdec.drafting.base import Params, Target
 from jaxdec.drafting.eagle import FeatureState, SlotReader
 from jaxdec.drafting.hydra import draft_attention
-from jaxdec.drafting.trained import TrainedDrafter, soft_cap
+from jaxdec.drafting.trained import TrainedDrafter, lm_head_kernel, soft_cap
+from jaxdec.errors import UserError
 from jaxdec.mixers import AttentionConfig, NormConfig
 from jaxdec.models.config import DecoderConfig
 
@@ -26,6 +27,8 @@ class CapturedDrafter(SlotReader, TrainedDrafter):
   Attributes:
     capture_layers: the layer inputs read (0-based; L: the stream before the final norm).
     attention, hidden_dim, eps: shape of its layers.
+    head_init: what its LM head starts as: ``random``, as published, or the ``target``'s own, which
+      saves the many steps that a head learned from nothing takes.
   """
 
   needs_prompt_hidden: ClassVar[bool] = True
@@ -34,6 +37,12 @@ class CapturedDrafter(SlotReader, TrainedDrafter):
   attention: AttentionConfig
   hidden_dim: int
   eps: float = 1e-6
+  head_init: Literal["random", "target"] = "random"
+
+  def __post_init__(self):
+    if self.head_init not in ("random", "target"):
+      raise UserError(f"head_init of {self.name} is random or target, got {self.head_init!r}")
+    super().__post_init__()
 
   @classmethod
   def for_target(cls, config: DecoderConfig, **options) -> CapturedDrafter:
@@ -81,7 +90,14 @@ class CapturedDrafter(SlotReader, TrainedDrafter):
   def init_boxed(self, rng: jax.Array, target: Target) -> Params:
     features = jnp.zeros((1, 2, len(self.capture) * self.dim), self.dtype)
     zeros = jnp.zeros((1, 2), jnp.int32)
-    return self.network.init(rng, features, features[..., : self.dim], zeros, zeros)["params"]
+    params = self.network.init(rng, features, features[..., : self.dim], zeros, zeros)["params"]
+    if self.head_init == "random":
+      return params
+    kernel = lm_head_kernel(target)
+    if self.vocabulary is not None:
+      kernel = kernel[:, self.vocabulary.ids]
+    head = {"kernel": params["lm_head"]["kernel"].replace_boxed(kernel)}
+    return {**params, "lm_head": head}
 
   def head(self, params, target, depth, states):
     return soft_cap(self._apply(params, states, method="logits"), self.logit_cap)

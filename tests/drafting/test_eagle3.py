@@ -283,3 +283,16 @@ def test_captured_layers():
   assert default_capture(6) == (1, 3, 5)
   for layers in range(1, 12):
     assert all(0 <= i <= layers for i in default_capture(layers))
+
+
+@pytest.mark.parametrize("vocabulary", [None, KEPT])
+def test_head_may_start_as_the_targets(vocabulary):
+  t, drafter, _ = random_drafter(vocabulary, head_init="target")
+  params = init(drafter, t)
+  g = jax.random.normal(jax.random.key(1), (1, 3, drafter.dim))
+  normed = drafter.network.apply({"params": params}, g, method=lambda m, g: m.out_norm(g))
+  expected = t.model.apply({"params": t.params}, normed, method="unembed")
+  expected = expected if vocabulary is None else expected[..., np.asarray(vocabulary)]
+  np.testing.assert_allclose(drafter.head(params, t, 1, g), expected, atol=1e-5)
+  with pytest.raises(UserError, match="head_init of eagle3 is random or target, got 'copy'"):
+    dataclasses.replace(drafter, head_init="copy")
