@@ -10,8 +10,10 @@
   drawn from q independently, or without replacement.
 * ``point_mass`` (lossless in law): for any drafts, without the coupling to plain decoding.
 * ``typical_lossy`` (NOT lossless): Medusa's typical acceptance (arXiv 2401.10774, section 2.3.2).
+* ``gad_lossy`` (NOT lossless): among the target's best few, GAD++ (arXiv 2203.16487).
+* ``unverified_lossy`` (NOT lossless): every draft is emitted.
 
-At temperature 0 all of them are the greedy comparison, which is exact.
+At temperature 0 all but the last two are the greedy comparison, which is exact.
 
 Index law, the same for all: the logits of node i judge its children; the token they predict sits at
 absolute position ``length + depth[i] + 1``.
@@ -28,6 +30,7 @@ from jaxdec.decoding.verify.rejection import (
   Rejection,
   WithoutReplacement,
 )
+from jaxdec.decoding.verify.trusting import GadLossy, UnverifiedLossy
 from jaxdec.decoding.verify.typical import TypicalLossy
 from jaxdec.errors import UserError, nearest
 
@@ -40,6 +43,8 @@ RULES: dict[str, Rule] = {
     WithoutReplacement(),
     PointMass(),
     TypicalLossy(),
+    GadLossy(),
+    UnverifiedLossy(),
   )
 }
 
@@ -55,6 +60,7 @@ def get_rule(rule: str | Rule) -> Rule:
 
 __all__ = [
   "RULES",
+  "GadLossy",
   "Match",
   "MultiRound",
   "PointMass",
@@ -62,6 +68,7 @@ __all__ = [
   "Rejection",
   "Rule",
   "TypicalLossy",
+  "UnverifiedLossy",
   "Verdict",
   "WithoutReplacement",
   "get_rule",

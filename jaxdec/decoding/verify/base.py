@@ -7,9 +7,10 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxdec.decoding.sampling import Sampler
+from jaxdec.drafting.selection import argmax
 from jaxdec.drafting.tree import Tree
 
 
@@ -70,6 +71,21 @@ def path_to(tree: Tree, node: Int[Array, "B"]) -> Int[Array, "B P"]:
   depth = jnp.take_along_axis(tree.depth, node[:, None], axis=1)
   index = jnp.maximum(depth - jnp.arange(tree.max_depth + 1), 0)
   return jnp.take_along_axis(upwards, index, axis=1).astype(jnp.int32)
+
+
+def longest_path(tree: Tree, ok: Bool[Array, "B M"], log_p: Float[Array, "B M"]) -> Int[Array, "B"]:
+  """The deepest node all of whose path is ``ok``; of several the one of the most probable path.
+
+  Args:
+    log_p: of every node's token given its path.
+  """
+  on, log_path = tree.depth == 0, jnp.zeros(log_p.shape)
+  for depth in range(1, tree.max_depth + 1):
+    here = (tree.depth == depth) & ok & jnp.take_along_axis(on, tree.parent, axis=1)
+    log_path = jnp.where(here, jnp.take_along_axis(log_path, tree.parent, axis=1) + log_p, log_path)
+    on = on | here
+  deepest = jnp.max(jnp.where(on, tree.depth, 0), axis=1, keepdims=True)
+  return argmax(jnp.where(on & (tree.depth == deepest), log_path, -jnp.inf))
 
 
 def verdict_at(tree: Tree, node: Int[Array, "B"], final: Int[Array, "B"]) -> Verdict:

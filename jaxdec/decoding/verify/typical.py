@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from jaxdec.decoding.verify.base import Rule, verdict_at
+from jaxdec.decoding.verify.base import Rule, longest_path, verdict_at
 from jaxdec.decoding.verify.match import Match
 from jaxdec.drafting.selection import argmax
 
@@ -39,15 +39,8 @@ class TypicalLossy(Rule):
     rows = jnp.arange(tree.tokens.shape[0])[:, None]
     p_node = p[rows, tree.parent, tree.tokens]
     ok = tree.valid & (p_node > threshold[rows, tree.parent])
-    on, log_path = tree.depth == 0, jnp.zeros(p_node.shape)
-    for depth in range(1, tree.max_depth + 1):
-      here = (tree.depth == depth) & ok & jnp.take_along_axis(on, tree.parent, axis=1)
-      log_path = jnp.where(
-        here, jnp.take_along_axis(log_path, tree.parent, axis=1) + jnp.log(p_node), log_path
-      )
-      on = on | here
-    deepest = jnp.max(jnp.where(on, tree.depth, 0), axis=1)
-    best = argmax(jnp.where(on & (tree.depth == deepest[:, None]), log_path, -jnp.inf))
+    best = longest_path(tree, ok, jnp.log(p_node))
     chosen = logits[rows[:, 0], best]
-    final = sampler.draw(chosen, keys, length + deepest + 1) if self.sample_next else argmax(chosen)
+    position = length + tree.depth[rows[:, 0], best] + 1
+    final = sampler.draw(chosen, keys, position) if self.sample_next else argmax(chosen)
     return verdict_at(tree, best, final)
