@@ -20,7 +20,7 @@ from jaxdec.models.decoder import Decoder, DecoderState
 from jaxdec.models.prefill import choose_chunk, padded
 
 # Purposes of noise, apart from those of ``jaxdec.decoding.sampling`` (which lie above these).
-TRIAL, PARTICLE, ROUND = (2**32 - 1 - i for i in range(64, 67))
+TRIAL, PARTICLE, ROUND, HOST = (2**32 - 1 - i for i in range(64, 68))
 
 STOP_SLOTS = 8  # stop ids are padded to a multiple of this, so that adding one compiles nothing
 
