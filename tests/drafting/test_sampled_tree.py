@@ -238,3 +238,19 @@ def test_mistakes_are_named():
         model, params, PROMPTS, sampler=PLAIN, rule=rule, drafter=drafter, drafter_params=params,
         **RUNS,
       )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["attention", "linear", "hybrid"])
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_decoding_is_lossless_for_every_target(name, kind):
+  """Batch 1 and a ragged batch, by a filtered law."""
+  _, options, make = DRAFTERS[name]
+  model, params = target(kind)
+  draft, draft_params = target("linear", seed=1)
+  drafter = make(model=draft, **options)
+  run = dict(sampler=Sampler(0.8, top_p=0.9), **RUNS)
+  for prompts in ([[1, 2, 3, 4, 1], [5], [7, 7], [2] * 11], [[3, 1]]):
+    plain = generate(model, params, prompts, **run)
+    out = generate(model, params, prompts, drafter=drafter, drafter_params=draft_params, **run)
+    assert out.tokens == plain.tokens
