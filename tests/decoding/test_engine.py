@@ -10,6 +10,7 @@ import pytest
 
 from jaxdec.decoding import Sampler, compilations, generate
 from jaxdec.decoding.engine import Engine, EngineRequest, QueueFull
+from jaxdec.drafting.jacobi import Jacobi
 from jaxdec.drafting.prompt_lookup import PromptLookup
 from jaxdec.drafting.token_recycling import TokenRecycling
 from jaxdec.errors import UserError
@@ -99,7 +100,8 @@ def test_requests_get_the_tokens_they_get_alone(kind):
 @pytest.mark.parametrize("kind", ["attention", "hybrid"])
 def test_sixty_four_requests_with_staggered_arrival(kind):
   model, params = target(kind)
-  engine = Engine(model, params, **{**SIZES, "slots": 8, "passes": 5})
+  # Chunks of 5 end elsewhere than those of 8, and than generate's.
+  engine = Engine(model, params, **{**SIZES, "slots": 8, "passes": 5, "chunk": 5})
   todo = requests(64, seed=7)
   cancel = [(i, i // 2 + 3) for i in range(5, 64, 9)]
   results = serve(engine, todo, arrival=[i // 2 for i in range(64)], cancel=cancel)
@@ -110,12 +112,22 @@ def test_sixty_four_requests_with_staggered_arrival(kind):
   assert sum(r.reason == "length" for r in results.values()) >= 57
 
 
-@pytest.mark.parametrize("drafter", [TokenRecycling(), PromptLookup()], ids=lambda d: d.name)
+@pytest.mark.parametrize(
+  "drafter",
+  [
+    TokenRecycling(learn_prompt=True),  # a table that rows share; reads the whole prompt's states
+    PromptLookup(),  # steps without drafts
+    Jacobi(),  # a state of each row
+  ],
+  ids=lambda d: d.name,
+)
 def test_speculation_changes_the_passes_only(drafter):
   model, params = target("attention")
-  nodes = drafter.num_nodes
-  engine = Engine(model, params, **{**SIZES, "budget": 3 * nodes + 8}, drafter=drafter)
+  budget = 3 * drafter.num_nodes + 8
+  engine = Engine(model, params, **{**SIZES, "budget": budget}, drafter=drafter)
   todo = requests(seed=2)
+  todo[4] = EngineRequest([1, 2, 3, 4] * 11, 20, PLAIN, 4, None)  # fills its slot to the end
+  assert len(todo[4].prompt) + todo[4].max_new_tokens == SIZES["capacity"]
   results = serve(engine, todo, arrival=[i // 2 for i in range(9)])
   for i, r in enumerate(todo):
     assert results[i].tokens == expected("attention", r)
