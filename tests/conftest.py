@@ -59,8 +59,7 @@ def _release_programs():
     return
   import jax
 
-  if (loop := sys.modules.get("jaxdec.decoding.loop")) is not None:
-    for executable in (loop.prefill, loop.begin, loop.decode):
-      executable.clear()
+  if (executables := sys.modules.get("jaxdec.decoding.executables")) is not None:
+    executables.clear()
   jax.clear_caches()
   gc.collect()

@@ -137,6 +137,9 @@ class Engine:
       a finished request does. Off with drafters that read the target's outputs for the whole
       prompt.
 
+  Attributes:
+    results: of requests that have ended, by id, until they are taken out: ``results.pop(id)``.
+
   Raises:
     UserError: arguments that don't fit together.
   """
@@ -303,13 +306,13 @@ class Engine:
     return events
 
   def run(self, requests: Iterable[EngineRequest]) -> Iterator[Result]:
-    """Serves requests to the end, yielding results as they come.
+    """Serves requests to the end, yielding all results as they come, cancelled ones too.
 
     ``requests`` is read only as far as the queue has room. Ids count the requests in their order
     (from where the engine's ids are); one that ``admit`` would refuse has a result that says why.
     """
     requests, more = iter(requests), True
-    while more or not self.idle:
+    while more or self.results or not self.idle:
       while more and not self.full:
         try:
           request = next(requests)
@@ -320,9 +323,9 @@ class Engine:
           self.admit(**{f.name: getattr(request, f.name) for f in dataclasses.fields(request)})
         except UserError as error:
           yield Result(self._new_id(), [], None, "refused", error=str(error))
-      for event in self.step():
-        if event.done:
-          yield self.results.pop(event.id)
+      self.step()
+      while self.results:
+        yield self.results.pop(next(iter(self.results)))
 
   def _new_id(self) -> int:
     self._ids += 1

@@ -12,6 +12,7 @@ import jax
 
 _COUNTS: collections.Counter[str] = collections.Counter()
 _SECONDS = [0.0]
+_ALL: list[Executable] = []
 
 
 class Executable:
@@ -24,6 +25,7 @@ class Executable:
   def __init__(self, name: str, function: Callable, donate: tuple[int, ...] = ()):
     self.name, self.function, self.donate = name, function, donate
     self.cache: dict[Any, Any] = {}
+    _ALL.append(self)
 
   def __call__(self, *args, **static):
     leaves, tree = jax.tree.flatten(args)
@@ -37,9 +39,11 @@ class Executable:
       _SECONDS[0] += time.perf_counter() - started
     return compiled(*args)
 
-  def clear(self) -> None:
-    """Forgets every executable (they hold memory)."""
-    self.cache.clear()
+
+def clear() -> None:
+  """Forgets every executable (they hold memory)."""
+  for executable in _ALL:
+    executable.cache.clear()
 
 
 def _signature(x) -> tuple:
@@ -49,7 +53,7 @@ def _signature(x) -> tuple:
 
 
 def compilations() -> dict[str, int]:
-  """Executables compiled by this process, by kind: ``prefill``, ``begin``, ``decode``."""
+  """Executables compiled by this process, by kind: ``prefill``, ``begin``, ``decode``, ..."""
   return dict(_COUNTS)
 
 

@@ -240,6 +240,11 @@ def test_mistakes_are_refused_and_touch_nobody():
   ]
   assert "token id 99" in results[1].error
   assert [results[i].tokens for i in (0, 2, 4)] == [expected("attention", r) for r in todo]
+  (kept,) = (r for r in engine.run([todo[1]]))
+  assert kept.tokens == expected("attention", todo[1]) and not engine.results
+  for id in [engine.admit([1], max_new_tokens=9) for _ in range(2)]:
+    engine.cancel(id)
+  assert [r.reason for r in engine.run([])] == ["cancelled"] * 2
   for _ in range(2):
     engine.admit([1], max_new_tokens=1)
   with pytest.raises(QueueFull, match="holds 2 requests"):
