@@ -35,6 +35,7 @@ from jaxdec.drafting.merge import merge_paths
 from jaxdec.drafting.mtp import Mtp, MtpModules
 from jaxdec.drafting.objectives import Term
 from jaxdec.drafting.peagle import PEagle
+from jaxdec.drafting.pearl import Pearl
 from jaxdec.drafting.ppd import PPD
 from jaxdec.drafting.ppd_tree import SparseTrees
 from jaxdec.drafting.prompt_lookup import PromptLookup
@@ -58,6 +59,7 @@ from jaxdec.drafting.vocabulary import DraftVocabulary
 register("none", lambda: None)
 register("draft_model", DraftModel)
 register("specdec", SpecDec)
+register("pearl", Pearl)
 register("rsd_c", RsdC)
 register("rsd_s", RsdS)
 register("dyspec", DySpec)
@@ -115,6 +117,7 @@ __all__ = [
   "Mtp",
   "MtpModules",
   "PEagle",
+  "Pearl",
   "Prompt",
   "PromptLookup",
   "RsdC",

@@ -36,6 +36,12 @@ class DraftModelState:
   idle: Any = None
 
 
+def unread(state: DraftModelState, length: Int[Array, "B"]) -> DraftModelState:
+  """Keeps the first ``length`` tokens that attention layers have read."""
+  layers = tuple(layer.replace(length=length) for layer in state.decoder.layers)
+  return state.replace(decoder=state.decoder.replace(layers=layers), length=length)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DraftDecoder(Drafter):
   """Base of drafters that draw from a decoder with the target's vocabulary.
@@ -182,6 +188,4 @@ class DraftModel(DraftDecoder):
     if self._recurrent:
       return state
     # Of the drafts that were read the accepted ones stay read.
-    length = jnp.minimum(context.length + accepted.count, state.length)
-    layers = tuple(layer.replace(length=length) for layer in state.decoder.layers)
-    return state.replace(decoder=state.decoder.replace(layers=layers), length=length)
+    return unread(state, jnp.minimum(context.length + accepted.count, state.length))
