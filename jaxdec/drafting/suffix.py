@@ -68,7 +68,9 @@ class Suffix(Source):
   num_drafts: most tokens drafted in a step.
   mode: ``tree``: the likeliest prefixes; ``path``: the chain of the commonest next tokens.
   context: tokens at the end of the text that are compared (a match is shorter).
-  factor, offset: a match of l tokens allows ``factor * l + offset`` drafts.
+  factor, offset: a match of l tokens allows ``factor * l + offset`` drafts. The released code has
+    factor 1, which saves passes of varying size; here a pass has M nodes whatever is drafted, and
+    short drafts only leave nodes unused.
   floor: least probability of a draft.
   shortest: shortest match used; 2 avoids passes over poor drafts where a pass is dear.
   matches: places counted at most.
@@ -79,7 +81,7 @@ class Suffix(Source):
   num_drafts: int = 15
   mode: Literal["tree", "path"] = "tree"
   context: int = 64
-  factor: float = 1.0
+  factor: float = 4.0
   offset: float = 0.0
   floor: float = 0.1
   shortest: int = 1

@@ -66,7 +66,7 @@ def save_datastore(
   Raises:
     UserError: the folder holds something already.
   """
-  from safetensors.numpy import save_file
+  from safetensors.numpy import save
 
   target = check_new(folder)
   config = {
@@ -77,7 +77,7 @@ def save_datastore(
     **dict(extra or {}),
   }
   with folders.replacing(target) as work:
-    save_file({k: np.ascontiguousarray(v) for k, v in params.items()}, work / ARRAYS_FILE)
+    (work / ARRAYS_FILE).write_bytes(save({k: np.ascontiguousarray(v) for k, v in params.items()}))
     (work / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
   return target
 

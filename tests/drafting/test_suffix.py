@@ -87,6 +87,7 @@ def reference(sequences, text, config):
 
 CONFIGS = [
   Suffix(num_drafts=6, context=9),
+  Suffix(num_drafts=6, context=12, factor=1.0),
   Suffix(num_drafts=4, context=64, factor=2.0, offset=1.0, floor=0.3),
   Suffix(num_drafts=6, context=9, mode="path"),
   Suffix(num_drafts=5, context=7, mode="path", factor=0.5, floor=0.4, shortest=2),
