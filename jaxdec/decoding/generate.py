@@ -18,7 +18,7 @@ from jaxdec.decoding import shared_prefix as shared
 from jaxdec.decoding.cache import bucket, capacity_for
 from jaxdec.decoding.executables import compile_seconds
 from jaxdec.decoding.profile import shares
-from jaxdec.decoding.request import TextCodec, check, parse_prefix, parse_stops
+from jaxdec.decoding.request import Stops, TextCodec, check, parse_prefix, parse_stops
 from jaxdec.decoding.sampling import Sampler, request_keys
 from jaxdec.decoding.stats import Stats, acceptance
 from jaxdec.decoding.text import RowText
@@ -206,7 +206,7 @@ def _run(
   profile,
 ):
   compiling = compile_seconds()
-  clock = _Clock()
+  clock = Clock()
   batch, longest = len(prompts), max(map(len, prompts))
   chunk = choose_chunk(longest, prefill_chunk)
   nodes, depth = (drafter.num_nodes, drafter.max_depth) if drafter else (1, 0)
@@ -214,19 +214,7 @@ def _run(
     prepack = prefix is None and sharing is None and packing.pays(prompts, padded(longest, chunk))
   room = bucket(longest) if prepack else padded(longest, chunk)
   capacity = capacity_for(room, longest, max_new_tokens, nodes, depth)
-  history = np.zeros((batch, capacity), np.int32)
-  for i, prompt in enumerate(prompts):
-    history[i, : len(prompt)] = prompt
-  lengths = jnp.asarray([len(p) for p in prompts], jnp.int32)
-  slots = max(STOP_SLOTS, -(-len(stops.ids) // STOP_SLOTS) * STOP_SLOTS)
-  request = loop.Request(
-    keys=request_keys(
-      int(seed) if isinstance(seed, (int, np.integer)) else [int(s) for s in seed], batch
-    ),
-    limit=lengths + (max_new_tokens - 1),
-    stop=jnp.asarray([*stops.ids, *[-1] * (slots - len(stops.ids))], jnp.int32),
-  )
-  history = jnp.asarray(history)
+  history, lengths, request = arrays(prompts, stops, max_new_tokens, seed, capacity)
   static = dict(model=model, drafter=drafter, sampler=sampler)
   capture = drafter.capture if drafter else ()
   keep = None
@@ -331,7 +319,25 @@ def _run(
   )
 
 
-class _Clock:
+def arrays(
+  prompts: list[list[int]], stops: Stops, max_new_tokens: int, seed: int | list[int], capacity: int
+):
+  """What was asked for, on the device: ``history, lengths, request``."""
+  history = np.zeros((len(prompts), capacity), np.int32)
+  for i, prompt in enumerate(prompts):
+    history[i, : len(prompt)] = prompt
+  lengths = jnp.asarray([len(p) for p in prompts], jnp.int32)
+  slots = max(STOP_SLOTS, -(-len(stops.ids) // STOP_SLOTS) * STOP_SLOTS)
+  single = isinstance(seed, (int, np.integer))
+  request = loop.Request(
+    keys=request_keys(int(seed) if single else [int(s) for s in seed], len(prompts)),
+    limit=lengths + (max_new_tokens - 1),
+    stop=jnp.asarray([*stops.ids, *[-1] * (slots - len(stops.ids))], jnp.int32),
+  )
+  return jnp.asarray(history), lengths, request
+
+
+class Clock:
   """Wall time without the time spent compiling."""
 
   def __init__(self):
