@@ -31,7 +31,7 @@ def needs(count: int):
 
 
 @needs(2)
-@pytest.mark.parametrize("kind", ["attention", "hybrid"])
+@pytest.mark.parametrize("kind", ["attention", pytest.param("hybrid", marks=pytest.mark.slow)])
 def test_two_groups_emit_what_one_device_does_round_by_round(kind):
   model, params = target(kind)
   draft, draft_params = near(kind)

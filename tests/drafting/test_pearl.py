@@ -83,7 +83,7 @@ def _next_token(model, sampler):
   "kind, sampler, gamma, prompts",
   [
     ("attention", SAMPLED, 3, PROMPTS),
-    ("linear", SAMPLED, 3, PROMPTS),
+    pytest.param("linear", SAMPLED, 3, PROMPTS, marks=pytest.mark.slow),
     ("hybrid", GREEDY, 2, PROMPTS),
     ("attention", GREEDY, 1, PROMPTS[:1]),
   ],
