@@ -28,6 +28,7 @@ from jaxdec.drafting.hidden_transfer import HiddenTransfer
 from jaxdec.drafting.hydra import Hydra, HydraPlusPlus
 from jaxdec.drafting.jacobi import Jacobi
 from jaxdec.drafting.kinds import KINDS
+from jaxdec.drafting.lexical_units import LexicalUnits
 from jaxdec.drafting.lookahead import Lookahead
 from jaxdec.drafting.masked_mtp import MaskedMTP
 from jaxdec.drafting.medusa import Medusa
@@ -75,6 +76,7 @@ register("aggressive", Aggressive)
 register("jacobi", Jacobi)
 register("lookahead", Lookahead)
 register("sjd", SpeculativeJacobi)
+register("lexical_units", LexicalUnits.from_name)
 for _kind in KINDS.values():
   register(_kind.name, _kind.from_name)
 
@@ -111,6 +113,7 @@ __all__ = [
   "Hydra",
   "HydraPlusPlus",
   "Jacobi",
+  "LexicalUnits",
   "Lookahead",
   "MaskedMTP",
   "Medusa",

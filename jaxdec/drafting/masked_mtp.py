@@ -113,10 +113,7 @@ class MaskedMTP(ProbeDrafter):
     return gated_lora(params["lora"], nodes, alpha / self.rank)
 
   def probes(self, tree):
-    if self.decoding == "quadratic":
-      return super().probes(tree)
-    last = jnp.sum(tree.valid, axis=1, keepdims=True, dtype=jnp.int32) - 1
-    return Probes.hang(last, self.layout())
+    return super().probes(tree) if self.decoding == "quadratic" else self.behind_last(tree)
 
   # The sampler head.
 

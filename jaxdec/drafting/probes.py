@@ -209,6 +209,11 @@ class ProbeDrafter(TrainedDrafter):
     anchors = jnp.broadcast_to(jnp.arange(m, dtype=jnp.int32), (batch, m))
     return Probes.hang(anchors, self.layout(), self.linked)
 
+  def behind_last(self, tree: Tree) -> Probes:
+    """A layout behind the last valid node of a chain alone."""
+    last = jnp.sum(tree.valid, axis=1, keepdims=True, dtype=jnp.int32) - 1
+    return Probes.hang(last, self.layout(), self.linked)
+
   def propose(self, params, state, context: Context, rng):
     tree, state = super().propose(params, state, context, rng)
     valid = tree.valid & (tree.depth <= state.available[:, None])
@@ -319,7 +324,12 @@ class ProbeDrafter(TrainedDrafter):
         jnp.take_along_axis(weights, slots, axis=1),
       )
 
-  def _slots_of(self, batch, rng) -> Int[Array, "B A"]:
+  def learnable(self, batch: Any) -> Float[Array, "B _"]:
+    """Which slots have a label at depth 1."""
+    return label_weights(batch, 1, prefix=True)
+
+  def _slots_of(self, batch: Any, rng: jax.Array | None) -> Int[Array, "B A"]:
+    """The slots that carry probes in a training step; the same ones for the same ``rng``."""
     rows, length = batch["tokens"].shape
     count = length - 2  # slots that have a label at depth 1
     if self.anchors is None or self.anchors >= count:
@@ -327,7 +337,7 @@ class ProbeDrafter(TrainedDrafter):
     if rng is None:
       even = np.linspace(0, count - 1, self.anchors).astype(np.int32)
       return jnp.broadcast_to(jnp.asarray(even), (rows, self.anchors))
-    score = jax.random.uniform(rng, (rows, count)) + label_weights(batch, 1, prefix=True)
+    score = jax.random.uniform(rng, (rows, count)) + self.learnable(batch)
     return jnp.sort(jax.lax.top_k(score, self.anchors)[1], axis=1)
 
 

@@ -77,7 +77,10 @@ def test_names_are_the_registrys():
   from jaxdec.parallel.mesh import AXES
 
   assert set(KINDS) == set(TRAINED)
-  of_models = {"draft_model", "specdec", "pearl", "rsd_c", "rsd_s", "dyspec", "sequoia"}
+  of_models = {
+    "draft_model", "specdec", "pearl", "rsd_c", "rsd_s", "dyspec", "sequoia",
+    "lexical_units",
+  }  # fmt: skip
   assert set(names()) - set(KINDS) == {"none", *of_models, *UNTRAINED}
   assert (*AXES, "dcn_data", "dcn_fsdp") == MESH_AXES
 

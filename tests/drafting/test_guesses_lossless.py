@@ -9,7 +9,7 @@ import functools
 import pytest
 
 from jaxdec.decoding import generate
-from jaxdec.drafting import Aggressive, Jacobi, Lookahead, SpeculativeJacobi
+from jaxdec.drafting import Aggressive, Jacobi, LexicalUnits, Lookahead, SpeculativeJacobi
 from tests.decoding.targets import target
 from tests.drafting.test_sources_lossless import CASES
 
@@ -19,6 +19,7 @@ DRAFTERS = {
   "aggressive": Aggressive(num_drafts=4),
   "jacobi": Jacobi(num_drafts=4),
   "lookahead": Lookahead(window=3, ngram=3, guesses=3, num_drafts=4),
+  "lexical_units": LexicalUnits(dim=16, vocab_size=13, pad=12, num_heads=2),
   "sjd": SpeculativeJacobi(num_drafts=4, fill="repeat"),
 }
 
