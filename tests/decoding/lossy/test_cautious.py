@@ -102,7 +102,9 @@ def test_equals_its_definition_span_by_span(kind, nll):
     assert out.tokens[i] == tokens and out.spans[i] == spans
     seen += costs
   assert any(min(c) < c[0] for c in seen), "the first trial always won"
-  assert {n for row in out.spans for _, n in row} >= {1, 4}
+  trials = {n for row in out.spans for _, n in row}
+  assert len(trials) > 1 and 4 in trials
+  assert kind == "recurrent" or 1 in trials  # that target is never sure
 
 
 @pytest.mark.parametrize("kind", ["attention", pytest.param("linear", marks=pytest.mark.slow)])
