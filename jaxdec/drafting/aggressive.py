@@ -45,8 +45,8 @@ class Aggressive(Source):
 
   num_drafts: most tokens drafted in a step.
   ngram_max: most output tokens looked for.
-  source: first and last-but-one token of the source, as in ``prompt[start:stop]``: negative numbers
-    count from the prompt's end, None is its end. (0, None): the whole prompt.
+  source: the source is ``prompt[start:stop]``: negative numbers count from the prompt's end, None
+    is its end. (0, None): the whole prompt.
   """
 
   num_drafts: int = 32
