@@ -40,10 +40,10 @@ $(VENV)/.aot: setup.cfg pyproject.toml $(VENV)/.dev
 demo: $(VENV)/.base ## the whole story on this machine, in minutes
 	$(BIN)/jaxdec demo
 
-test: $(VENV)/.dev ## the test suite
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(VENV)/.dev ## the test suite, its programs compiled without optimisation
+	$(BIN)/python -m pytest $(PYTEST_ARGS) --quick
 
-test-slow: $(VENV)/.dev ## the larger matrices: sequence parallelism, several processes
+test-slow: $(VENV)/.dev ## larger matrices, compiled as users do: drafters that learn, many devices and processes
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m slow
 
 test-aot: $(VENV)/.aot ## kernels for every TPU generation and steps for TPU slices, without a TPU

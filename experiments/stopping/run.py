@@ -2,6 +2,7 @@
 """Does SpecDec++ beat the best fixed length? A one-layer draft model for the embedded target.
 
 Command:   python -m experiments.stopping.run                 (about an hour on 2 quiet cores)
+           python -m experiments.stopping.run --preset short  (what results/short.json holds)
            python -m experiments.stopping.run --preset tiny   (minutes; shows that it runs)
 Expected:  README.md beside this file; results/<preset>.json.
 
@@ -62,6 +63,7 @@ class Budget:
 
 PRESETS = {
   "full": Budget(),
+  "short": Budget(steps=800, head_steps=300, texts=96, held_out=16, new=128),
   "tiny": Budget(steps=3, head_steps=3, texts=4, held_out=2, new=40, batch=2, drafts=3, repeats=1),
 }
 
