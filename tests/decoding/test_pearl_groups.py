@@ -67,18 +67,18 @@ def test_two_groups_emit_what_one_device_does_round_by_round(kind):
 @needs(3)
 @pytest.mark.slow
 def test_a_group_may_be_several_devices():
-  model, params = target()
+  model, params = target("attention")
   draft, draft_params = near("attention")
   mesh = Mesh(jax.devices()[:2], ("replica",))
   params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
   there = jax.device_put(draft_params, jax.devices()[2])
   drafter = Pearl(model=draft, num_drafts=GAMMA)
   got = generate_pearl(model, params, PROMPTS, drafter=drafter, drafter_params=there, **OPTIONS)
-  assert got.tokens == generate(*target(), PROMPTS, **OPTIONS).tokens
+  assert got.tokens == generate(*target("attention"), PROMPTS, **OPTIONS).tokens
 
 
 def test_mistakes_are_named():
-  model, params = target()
+  model, params = target("attention")
   options = dict(drafter_params=params, **OPTIONS)
   with pytest.raises(UserError, match=r"both on .*jax.device_put"):
     generate_pearl(model, params, PROMPTS, drafter=Pearl(model=model), **options)

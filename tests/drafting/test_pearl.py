@@ -13,6 +13,7 @@ import pytest
 from jaxdec.decoding import Sampler, generate
 from jaxdec.decoding.sampling import request_keys
 from jaxdec.drafting import Pearl
+from jaxdec.drafting.base import Context
 from jaxdec.errors import UserError
 from tests.decoding.targets import target
 
@@ -108,7 +109,7 @@ def test_text_is_plain_decodings_and_rounds_are_the_papers(kind, sampler, gamma,
 
 
 def test_the_target_as_its_own_draft_model_never_leaves_post():
-  model, params = target()
+  model, params = target("attention")
   drafter = Pearl(model=model, num_drafts=3)
   out = run(drafter=drafter, draft_params=params, sampler=SAMPLED)
   assert out.tokens == plain("attention", SAMPLED)
@@ -131,14 +132,31 @@ class Wrong(Pearl):
 
 
 def test_wrong_drafts_cost_nothing_but_time():
-  model, params = target()
+  model, params = target("attention")
   out = run(drafter=Wrong(model=model, num_drafts=3), draft_params=params, sampler=SAMPLED)
   assert out.tokens == plain("attention", SAMPLED)
   assert out.stats.tokens_per_step == 1.0
 
 
+def test_the_target_need_not_wait_for_the_draft_model():
+  """What a round verifies takes no product of matrices to make; what it drafts does."""
+  model, params = target("attention")
+  drafter = Pearl(model=model, num_drafts=3)
+  zeros = jnp.zeros(2, jnp.int32)
+  context = Context(
+    root=zeros, length=zeros + 1, history=jnp.zeros((2, 32), jnp.int32), target=None, sampler=GREEDY
+  )
+
+  def program(part):
+    propose = lambda *args: part(*drafter.propose(*args, context, None))  # noqa: E731
+    return jax.jit(propose).lower(params, drafter.init_state(2, 32)).as_text()
+
+  assert "dot_general" not in program(lambda tree, state: tree)
+  assert "dot_general" in program(lambda tree, state: state.ahead)
+
+
 def test_mistakes_are_named():
-  model, params = target()
+  model, params = target("attention")
   with pytest.raises(UserError, match="judged by rule 'match'"):
     Pearl(model=model, draws="sampled")
   with pytest.raises(UserError, match="num_drafts >= 1"):
