@@ -50,6 +50,8 @@ def cost(rows: Sequence[dict[str, Any]], path: Path) -> None:
       continue
     value = float(str(row[tree]).split()[0])
     for axis, key in ((left, "parameters"), (right, "draft_share")):
+      if key not in row:
+        continue
       axis.plot([row[key]], [value], "o", ms=4, color=COLORS[i % len(COLORS)])
       axis.annotate(
         row["drafter"], (row[key], value), fontsize=6, xytext=(3, 2), textcoords="offset points"

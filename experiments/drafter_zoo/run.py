@@ -241,6 +241,7 @@ def main() -> int:
   parser.add_argument("--preset", choices=PRESETS, default="full")
   parser.add_argument("--only", nargs="+", choices=ARMS, default=list(ARMS))
   parser.add_argument("--work-dir", type=Path, default=Path("runs/drafter_zoo"))
+  parser.add_argument("--counts-only", action="store_true", help="take no times")
   parser.add_argument("--output", type=Path, default=None)
   options = parser.parse_args()
   budget, folder = PRESETS[options.preset], options.work_dir / options.preset
@@ -265,7 +266,9 @@ def main() -> int:
     row = flat(result)
     told = [f"{tree} {row[tree]}" for tree in ("chain5", "tree16", "tree64") if tree in row]
     print(f"{name}: {', '.join(told)} in {result['seconds']:.0f} s", flush=True)
-  for result in results:  # after all the rest: side by side, in one stretch
+  for result in (
+    results if not options.counts_only else ()
+  ):  # after all the rest: side by side, in one stretch
     name, arm = result["drafter"], ARMS[result["drafter"]]
     result |= kept(folder / f"{name}.times.json", lambda arm=arm: timed(lm, arm, *shared))
     print(f"{name}: {result['speedup']:.2f} x plain decoding", flush=True)
