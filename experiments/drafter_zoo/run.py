@@ -32,6 +32,7 @@ from experiments.drafter_zoo import measure, plots
 from experiments.drafter_zoo.arms import ARMS, CLAIMS, Arm, Budget
 from jaxdec import bench
 from jaxdec.data import cut_prompts, open_source
+from jaxdec.decoding import executables
 from jaxdec.distillation import (
   Corpora,
   Distilled,
@@ -180,7 +181,9 @@ def kept(path: Path, make: Callable[[], dict | None]) -> dict | None:
     )
     path.with_suffix(".tmp").replace(path)
     facts = json.loads(path.read_text(encoding="utf-8"))
-  jax.clear_caches()  # programs of drafters that nothing will run again
+  # Programs of drafters that nothing will run again: a process can hold only so many.
+  executables.clear()
+  jax.clear_caches()
   return facts
 
 
