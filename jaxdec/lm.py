@@ -99,7 +99,7 @@ class LM:
         ``jaxdec.io.drafters``, of a datastore or of a small decoder, another ``LM`` with the same
         vocabulary, or a ``Drafter`` (with ``drafter_params`` if it has parameters). ``"auto"``:
         what ``jaxdec.tuner`` finds fastest here, measured on the first call for a batch size and
-        law (some seconds), plain decoding included.
+        law (it compiles a dozen programs), plain decoding included.
       rule: verification rule; ``match`` is exact for every drafter.
       stop: ``...`` the model's EOS ids; ids or strings are added to them; None never stops early.
       seed: row i draws from ``fold_in(seed, i)``; a list gives each row its own.

@@ -119,7 +119,7 @@ def tune(
   repeats: int = 3,
   tick: Tick = lambda text: None,
 ) -> Tuned:
-  """Measures and chooses; some seconds, most of them spent compiling.
+  """Measures and chooses. Most of the time goes into compiling a program for each size and arm.
 
   Args:
     model, params: the decoder (unrolled layout) and its parameters.
@@ -173,19 +173,12 @@ def adaptive(source: Source, seconds: Mapping[int, float], drafting: float) -> A
   return Adaptive(source=source, widths=widths, seconds=(1.0, *ratios), every=every)
 
 
+@dataclasses.dataclass(frozen=True)
 class _Always(Drafter):
   """A source that drafts in every step, guess or not, and nothing of it is accepted: its cost."""
 
+  source: Source
   name: ClassVar[str] = "always"
-
-  def __init__(self, source: Source):
-    self.source = source
-
-  def __eq__(self, other):
-    return isinstance(other, _Always) and self.source == other.source
-
-  def __hash__(self):
-    return hash((_Always, self.source))
 
   @property
   def num_nodes(self):

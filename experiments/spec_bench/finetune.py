@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A copy of the embedded model that does the copying and editing tasks, by our trainer.
 
-Command:   python -m experiments.spec_bench.finetune --work-dir runs/editor   (an hour on 2 cores)
+Command:   python -m experiments.spec_bench.finetune --work-dir runs/editor   (not run in full yet)
            python -m experiments.spec_bench.run --model runs/editor/model --tasks edit rewriting
 Expected:  README.md beside this file. The weights are not shipped.
 

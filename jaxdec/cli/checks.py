@@ -80,15 +80,13 @@ def check(config: Any) -> None:
 
 
 def _datastore(fields: dict[str, Any]) -> None:
+  from jaxdec.io import folders
+
   if "*" in fields["data"]:
     raise UserError(
       f"a datastore is built from one source, got the mixture {fields['data']!r}; name one"
     )
-  folder = Path(fields["output"]).expanduser()
-  if folder.is_dir() and any(folder.iterdir()):
-    raise UserError(
-      f"folder {fields['output']!r} is not empty and is left as it is; give a new folder"
-    )
+  folders.check_target(fields["output"], False)
 
 
 def _layout(name: str) -> None:

@@ -33,7 +33,7 @@ import numpy as np
 from jaxdec.decoding import engine_programs as programs
 from jaxdec.decoding import loop
 from jaxdec.decoding.cache import bucket
-from jaxdec.decoding.request import TextCodec, check, parse_prompts, parse_stops
+from jaxdec.decoding.request import TextCodec, check, check_prefill, parse_prompts, parse_stops
 from jaxdec.decoding.row_sampler import RowSampler
 from jaxdec.decoding.sampling import Sampler, request_keys
 from jaxdec.decoding.scheduler import Chunk, Scheduler
@@ -162,10 +162,7 @@ class Engine:
     stop_ids: int = 8,
     reuse: bool = True,
   ):
-    if model.layout != "unrolled":
-      raise UserError(
-        "decoding needs the unrolled layout; convert with jaxdec.models.unstack_layers"
-      )
+    check_prefill(model)
     for name, value in {
       "slots": slots, "capacity": capacity, "chunk": chunk, "passes": passes, "queue": queue,
       "stop_ids": stop_ids,

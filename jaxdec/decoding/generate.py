@@ -18,7 +18,14 @@ from jaxdec.decoding import shared_prefix as shared
 from jaxdec.decoding.cache import bucket, capacity_for
 from jaxdec.decoding.executables import compile_seconds
 from jaxdec.decoding.profile import shares
-from jaxdec.decoding.request import Stops, TextCodec, check, parse_prefix, parse_stops
+from jaxdec.decoding.request import (
+  Stops,
+  TextCodec,
+  check,
+  check_prefill,
+  parse_prefix,
+  parse_stops,
+)
 from jaxdec.decoding.sampling import Sampler, request_keys
 from jaxdec.decoding.stats import Stats, acceptance
 from jaxdec.decoding.text import RowText
@@ -146,10 +153,7 @@ def generate_stream(
   stops = parse_stops(stop, config, tokenizer)
   check(prompts, max_new_tokens, config, seed, drafter, drafter_params, rule, sampler)
   prefix = parse_prefix(prefix, prompts, config)
-  if model.layout != "unrolled":
-    raise UserError("decoding needs the unrolled layout; convert with jaxdec.models.unstack_layers")
-  if prefill_chunk is not None and prefill_chunk < 1:
-    raise UserError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
+  check_prefill(model, prefill_chunk)
   if prepack not in (True, False, "auto"):
     raise UserError(f"prepack must be True, False or 'auto', got {prepack!r}")
   if prefix is not None and (prepack is True or sharing is not None):

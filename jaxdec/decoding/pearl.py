@@ -27,7 +27,7 @@ from jaxdec.decoding import loop
 from jaxdec.decoding.cache import capacity_for
 from jaxdec.decoding.executables import Executable, compile_seconds
 from jaxdec.decoding.generate import Clock, Generation, arrays
-from jaxdec.decoding.request import TextCodec, check, parse_prompts, parse_stops
+from jaxdec.decoding.request import TextCodec, check, check_prefill, parse_prompts, parse_stops
 from jaxdec.decoding.sampling import Sampler
 from jaxdec.decoding.stats import Stats, acceptance
 from jaxdec.decoding.text import RowText
@@ -77,8 +77,7 @@ def generate_pearl(
       f"generate_pearl needs a Pearl drafter, got {type(drafter).__name__}; write "
       "Pearl(model=...), or use generate for other drafters"
     )
-  if model.layout != "unrolled":
-    raise UserError("decoding needs the unrolled layout; convert with jaxdec.models.unstack_layers")
+  check_prefill(model, prefill_chunk)
   if interval < 1:
     raise UserError(f"interval must be at least 1, got {interval}")
   stops = parse_stops(stop, model.config, tokenizer)

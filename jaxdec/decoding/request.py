@@ -192,6 +192,14 @@ def _check_drafter(drafter, params, config, rule, sampler) -> None:
     _check_rule(drafter, rule)
 
 
+def check_prefill(model: Any, chunk: int | None = None) -> None:
+  """Raises UserError for a model in a layout that doesn't decode, or chunks of no token."""
+  if model.layout != "unrolled":
+    raise UserError("decoding needs the unrolled layout; convert with jaxdec.models.unstack_layers")
+  if chunk is not None and chunk < 1:
+    raise UserError(f"prefill_chunk must be at least 1, got {chunk}")
+
+
 def _check_rule(drafter, rule) -> None:
   sampled = getattr(drafter, "gives_draft_probs", False)
   if rule.needs_draft_probs and not sampled:

@@ -61,13 +61,14 @@ class Adaptive(Drafter):
   source: who guesses. Steps without drafts are not shown to it.
   widths: sizes of verify passes that are compiled, root included; the largest is the source's M.
   seconds: of a plain step, then of a step of each width, drafting included; only ratios matter.
+    Measure them (``jaxdec.tuner.adaptive`` makes the drafter).
   margin: how much faster than plain decoding a step must promise to be.
   every: tokens between looks while no draft pays.
   """
 
   source: Source = dataclasses.field(default_factory=Combined)
-  widths: tuple[int, ...] = (6, 16)
-  seconds: tuple[float, ...] = (1.0, 1.1, 1.3)
+  widths: tuple[int, ...]
+  seconds: tuple[float, ...]
   margin: float = 1.03
   every: int = 4
 
@@ -135,9 +136,11 @@ class Adaptive(Drafter):
 
   def has_draft(self, params, state, context):
     since = context.length - state.at
-    trial = since >= _PROBE << jnp.minimum(state.fails, _DOUBLINGS)
-    again = state.pays & (since == 0)
-    due = (since % self.every == 0) | trial
+    again = state.pays & (since == 0) & ~state.idle
+    # Rows take plain steps together; one that finished among them stays where it was.
+    waited = jnp.max(jnp.where(state.idle, 0, since))
+    trial = waited >= _PROBE << jnp.max(jnp.minimum(state.fails, _DOUBLINGS))
+    due = (waited > 0) & (waited % self.every == 0) | trial
 
     def look():
       # Whether there is a guess must not depend on noise.
@@ -146,7 +149,7 @@ class Adaptive(Drafter):
       worthwhile = self._choose(worth, state.idle)[1]
       return worthwhile | (trial & jnp.any(found.valid, axis=(1, 2)))
 
-    skip = jnp.any(again) | ~jnp.any(due & ~state.idle)
+    skip = jnp.any(again) | ~due
     return again | jax.lax.cond(skip, lambda: jnp.zeros_like(again), look)
 
   def propose(self, params, state, context, rng):

@@ -68,7 +68,7 @@ def save_datastore(
   """
   from safetensors.numpy import save
 
-  target = check_new(folder)
+  target = folders.check_target(folder, False)
   config = {
     "format": 1,
     "tokens": len(params["order"]),
@@ -80,16 +80,6 @@ def save_datastore(
     (work / ARRAYS_FILE).write_bytes(save({k: np.ascontiguousarray(v) for k, v in params.items()}))
     (work / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
   return target
-
-
-def check_new(folder: str | os.PathLike) -> Path:
-  """Raises UserError unless ``folder`` is free."""
-  path = Path(folder).expanduser()
-  if path.exists() and not path.is_dir():
-    raise UserError(f"'{folder}' is a file; give a new folder")
-  if path.is_dir() and any(path.iterdir()):
-    raise UserError(f"folder '{folder}' is not empty and is left as it is; give a new folder")
-  return path
 
 
 def load_datastore(

@@ -91,7 +91,7 @@ def test_damage_is_named(store, tmp_path):
   arrays.write_bytes(whole[:-5])
   with pytest.raises(UserError, match="damaged"):
     load_datastore(tmp_path / "a")
-  with pytest.raises(UserError, match="not empty"):
+  with pytest.raises(UserError, match="holds something else"):
     save_datastore(tmp_path / "a", build_datastore([np.arange(3)]), tokenizer)
 
 
@@ -103,7 +103,7 @@ def test_the_corpus_can_be_cut(text, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("args", "parts"), [
-  (["{store}"], ["is not empty and is left as it is"]),
+  (["{store}"], ["holds something else", "left as it is"]),
   (["new", "--data", "no/such"], ["data 'no/such' does not exist"]),
   (["new", "--data", "0.5*python_stdlib + 0.5*python_stdlib"], ["built from one source"]),
   (["new", "--max-tokens", "0"], ["--max-tokens must be at least 1"]),

@@ -8,21 +8,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxdec.decoding import loop
 from jaxdec.decoding.cache import capacity_for
-from jaxdec.decoding.request import TextCodec, check, parse_prompts, parse_stops
-from jaxdec.decoding.sampling import Sampler, request_keys
+from jaxdec.decoding.generate import arrays
+from jaxdec.decoding.request import TextCodec, check, check_prefill, parse_prompts, parse_stops
+from jaxdec.decoding.sampling import Sampler
 from jaxdec.errors import UserError
 from jaxdec.models.decoder import Decoder, DecoderState
 from jaxdec.models.prefill import choose_chunk, padded
 
 # Purposes of noise, apart from those of ``jaxdec.decoding.sampling`` (which lie above these).
 TRIAL, PARTICLE, ROUND, HOST = (2**32 - 1 - i for i in range(64, 68))
-
-STOP_SLOTS = 8  # stop ids are padded to a multiple of this, so that adding one compiles nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,32 +70,15 @@ def read(
       "strings, cut the text afterwards"
     )
   check(prompts, max_new_tokens, config, seed, None, None, None, sampler)
-  if model.layout != "unrolled":
-    raise UserError("decoding needs the unrolled layout; convert with jaxdec.models.unstack_layers")
-  if prefill_chunk is not None and prefill_chunk < 1:
-    raise UserError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
-  batch, longest = len(prompts), max(map(len, prompts))
+  check_prefill(model, prefill_chunk)
+  longest = max(map(len, prompts))
   chunk = choose_chunk(longest, prefill_chunk)
   capacity = capacity_for(padded(longest, chunk), longest, max_new_tokens, 1, 0)
-  history = np.zeros((batch, capacity), np.int32)
-  for i, prompt in enumerate(prompts):
-    history[i, : len(prompt)] = prompt
-  history = jnp.asarray(history)
-  lengths = jnp.asarray([len(p) for p in prompts], jnp.int32)
+  history, lengths, request = arrays(prompts, stops, max_new_tokens, seed, capacity)
   state, output = loop.prefill(
     params, history, lengths, None, model=model, chunk=chunk, capture=(), keep=None
   )
-  slots = max(STOP_SLOTS, -(-len(stops.ids) // STOP_SLOTS) * STOP_SLOTS)
-  seed = int(seed) if isinstance(seed, (int, np.integer)) else [int(s) for s in seed]
-  return Reading(
-    prompts=prompts,
-    state=state,
-    hidden=output.hidden[:, 0],
-    history=history,
-    lengths=lengths,
-    keys=request_keys(seed, batch),
-    stop=jnp.asarray([*stops.ids, *[-1] * (slots - len(stops.ids))], jnp.int32),
-  )
+  return Reading(prompts, state, output.hidden[:, 0], history, lengths, request.keys, request.stop)
 
 
 def unembed(model: Decoder, params, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
