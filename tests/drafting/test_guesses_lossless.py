@@ -41,5 +41,9 @@ def plain(kind, sampler, rows):
 def test_output_is_plain_decodings(name, kind, sampler, rows):
   out = written(kind, sampler, rows, DRAFTERS[name])
   assert out.tokens == plain(kind, sampler, rows)
-  if not (name == "aggressive" and sampler.greedy):  # which goes in circles, not along the prompt
+  # A greedy text goes in circles, not along the prompt; and a Jacobi iteration owes no more than a
+  # token a pass, which in one short text may be all.
+  circles = name == "aggressive" and sampler.greedy
+  alone = name in ("jacobi", "sjd") and rows == 1
+  if not (circles or alone):
     assert out.stats.tokens_per_step > 1.0
